@@ -1,0 +1,28 @@
+# Everything sets itself up in .venv; a second run finds it done.
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v python)
+BIN := .venv/bin
+
+.PHONY: lab run test clean
+
+lab: .venv/.base
+	$(BIN)/jupyter lab notebooks/01_what_does_changing_every_weight_cost.ipynb
+
+run: .venv/.base
+	$(BIN)/python tests/run_notebooks.py
+
+test: .venv/.dev
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --nbval --nbval-current-env notebooks
+
+clean:
+	rm -rf .venv
+
+.venv/.base: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+.venv/.dev: .venv/.base requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

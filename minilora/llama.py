@@ -1,0 +1,385 @@
+"""The decoder of the notebooks: a Llama in about 250 lines.
+
+Parameter names are Hugging Face's (``model.layers.0.self_attn.q_proj.weight`` ...), so a real Llama, Mistral or
+Qwen2 checkpoint folder loads unchanged, and an adapter trained here opens there.
+
+Sources: Llama (Touvron et al. 2023, arXiv 2302.13971), RMSNorm (Zhang & Sennrich 2019, 1910.07467), rotary positions
+(Su et al. 2021, 2104.09864), grouped-query attention (Ainslie et al. 2023, 2305.13245), SwiGLU (Shazeer 2020,
+2002.05202), Llama-3's stretched rotary frequencies (Dubey et al. 2024, 2407.21783).
+
+In the shape comments B is batch, T tokens, C hidden size, H query heads, K key/value heads, D head size, F the MLP's
+width and V the vocabulary.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a decoder; field names are those of Hugging Face's ``config.json``.
+
+    Raises:
+        ValueError: a size is not positive, or the heads do not divide what they must divide.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None  # fewer than the query heads: grouped-query attention
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # None, or Llama-3's {"rope_type": "llama3", "factor": ...}
+    attention_bias: bool = False  # biases on q, k and v (Qwen2)
+    attention_out_bias: bool = False  # a bias on o too (a Llama with attention_bias)
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self):
+        heads = self.num_attention_heads
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // max(heads, 1))
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "head_dim", "max_position_embeddings")
+        for name in sizes:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        if heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {heads} must be a multiple of num_key_value_heads "
+                             f"{self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if self.rope_scaling and rope_type(self.rope_scaling) not in ("default", "llama3"):
+            raise ValueError(f"rope_scaling of type {rope_type(self.rope_scaling)!r} is not supported, expected 'llama3'")
+
+    @classmethod
+    def from_hf(cls, config: dict) -> "LlamaConfig":
+        """Read the dict of a Hugging Face ``config.json`` of the llama, mistral or qwen2 family.
+
+        Raises:
+            ValueError: another model type, a missing field, or an option this decoder does not have.
+        """
+        kind = config.get("model_type", "llama")
+        if kind not in ("llama", "mistral", "qwen2"):
+            raise ValueError(f"config.json is of model_type {kind!r}, expected llama, mistral or qwen2")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported, expected 'silu'")
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in config.items() if k in known and v is not None}
+        needed = [f.name for f in fields(cls)][:5]
+        if missing := [name for name in needed if name not in values]:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        # transformers 5 moved theta and the scaling into one dict, "rope_parameters"
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        values["rope_theta"] = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        values["rope_scaling"] = rope if rope and rope_type(rope) != "default" else None
+        if kind == "qwen2":
+            values["attention_bias"] = True  # Qwen2 has q, k, v biases and never says so
+        elif kind == "llama":
+            values["attention_out_bias"] = bool(config.get("attention_bias"))
+        if config.get("sliding_window") and config.get("use_sliding_window", kind == "mistral"):
+            # a window only differs from full attention beyond its length, so stay within it
+            values["max_position_embeddings"] = min(values.get("max_position_embeddings", 2048), config["sliding_window"])
+        return cls(**values)
+
+    def to_hf(self) -> dict:
+        """The same shape as a ``config.json`` that transformers reads."""
+        kind = "qwen2" if self.attention_bias and not self.attention_out_bias else "llama"
+        values = asdict(self)
+        del values["attention_out_bias"]
+        if kind == "qwen2":
+            del values["attention_bias"], values["mlp_bias"]
+        name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[kind]
+        return {"model_type": kind, "architectures": [name], "hidden_act": "silu", **values}
+
+
+def rope_type(scaling: dict) -> str:
+    return scaling.get("rope_type", scaling.get("type", "default"))
+
+
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """Radians per position of each pair of head dimensions, (D/2,), in fp32."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim  # (D/2,)
+    freq = 1.0 / config.rope_theta ** half
+    if not config.rope_scaling:
+        return freq
+    s = config.rope_scaling
+    factor, old = s["factor"], s["original_max_position_embeddings"]
+    low, high = s.get("low_freq_factor", 1.0), s.get("high_freq_factor", 4.0)
+    # turns made over the old context: few turns are slowed by `factor`, many are kept, between them a blend
+    turns = old * freq / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * freq / factor + blend * freq
+
+
+def rotary_tables(config: LlamaConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, each (context, D)."""
+    angles = torch.outer(torch.arange(config.max_position_embeddings).float(), rope_frequencies(config))  # (T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (T, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + D/2}) by its position's angle. x (B, H, T, D); cos, sin (T, D)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square taken in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which H query heads share K key/value heads."""
+
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.head_dim = c.head_dim
+        self.grouped = c.num_key_value_heads != c.num_attention_heads
+        self.q_proj = nn.Linear(c.hidden_size, q, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
+        self.o_proj = nn.Linear(q, c.hidden_size, bias=c.attention_out_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "Cache | None",
+                layer: int) -> Tensor:
+        q, k, v = (rearrange(p(x), "b t (h d) -> b h t d", d=self.head_dim)  # (B, H or K, T, D)
+                   for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, K, T seen, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
+                                           enable_gqa=self.grouped)
+        return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C) -> (B, T, F) -> (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, *where) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *where)  # (B, T, C)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Cache:
+    """Keys and values of the tokens already seen, one pair per layer, so that a new token costs one column.
+
+    Room for `size` tokens is taken at once: appending copies nothing that is already there.
+    """
+
+    def __init__(self, size: int):
+        self.size, self.length, self.kv = size, 0, {}
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) after what is there; return all keys and values so far."""
+        if layer not in self.kv:
+            shape = (*k.shape[:2], self.size, k.shape[3])
+            self.kv[layer] = k.new_empty(shape), v.new_empty(shape)
+        keys, values = self.kv[layer]
+        end = self.length + k.shape[2]
+        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm: everything but the head."""
+
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.checkpointing = False  # recompute each block in backward instead of keeping its activations
+        cos, sin = rotary_tables(c)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        start, t = (cache.length if cache else 0), ids.shape[1]
+        if start + t > len(self.cos):
+            raise ValueError(f"{start + t} tokens are more than the context of {len(self.cos)}")
+        x = self.embed_tokens(ids)  # (B, T, C)
+        cos, sin = (table[start:start + t].to(x.dtype) for table in (self.cos, self.sin))  # (T, D)
+        # several tokens after a cached prefix: token i sees the prefix and itself; else is_causal says it all
+        mask = None
+        if start and t > 1:
+            mask = torch.ones(t, start + t, dtype=torch.bool, device=ids.device).tril(start)  # (T, T seen)
+        for i, block in enumerate(self.layers):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, cos, sin, mask, cache, i, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache, i)
+        if cache is not None:
+            cache.length += t
+        return self.norm(x)  # (B, T, C)
+
+
+class Llama(nn.Module):
+    """The decoder with its head: token ids (B, T) in, logits (B, T, V) out.
+
+    `seed` fixes the random weights (normal, 0.02; output projections scaled down by sqrt(2 layers), GPT-2 section 2.3).
+    """
+
+    def __init__(self, config: LlamaConfig, seed: int | None = None):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * config.num_hidden_layers) if residual else 0.02
+                nn.init.normal_(p, std=std, generator=generator)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits (B, T, V) for ids (B, T); with a cache, ids are the tokens that follow what it holds."""
+        return self.lm_head(self.model(ids, cache))
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, max_new: int, stop: int | None = None) -> Tensor:
+        """Greedy continuation. ids (B, T), all rows of one length -> (B, up to max_new).
+
+        A row that has produced `stop` goes on as `stop`; generation ends when every row has.
+
+        Raises:
+            ValueError: an empty prompt, or prompt plus max_new longer than the context.
+        """
+        if ids.dim() != 2 or ids.shape[1] == 0:
+            raise ValueError(f"generate needs ids of shape (batch, tokens) with at least one token, got {tuple(ids.shape)}")
+        room = self.config.max_position_embeddings
+        if ids.shape[1] + max_new > room:
+            raise ValueError(f"prompt of {ids.shape[1]} tokens plus max_new {max_new} is longer than the context of {room}")
+        cache, out, step = Cache(ids.shape[1] + max_new), [], ids
+        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for _ in range(max_new):
+            # only the last position's logits are needed, so the head never sees the rest
+            step = self.lm_head(self.model(step, cache)[:, -1:]).argmax(-1)  # (B, 1)
+            if stop is not None:
+                step = step.masked_fill(done[:, None], stop)
+                done |= step[:, 0] == stop
+            out.append(step)
+            if done.all():
+                break
+        return torch.cat(out, dim=1) if out else ids[:, :0]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "Llama":
+        """Load ``config.json`` and one or several safetensors files; `dtype` None keeps the file's.
+
+        Raises:
+            ValueError: a file missing or damaged, a tensor missing, extra or of another shape.
+        """
+        folder = Path(folder)
+        try:
+            config = LlamaConfig.from_hf(json.loads((folder / "config.json").read_text()))
+        except FileNotFoundError:
+            raise ValueError(f"{folder} holds no config.json; expected a checkpoint folder") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise ValueError(f"{folder / 'config.json'} is not valid JSON: {e}") from None
+        tensors = read_safetensors(folder)
+        if dtype is None:
+            dtype = next(iter(tensors.values())).dtype if tensors else torch.float32
+        with torch.device("meta"):  # shapes only: the weights come from the file
+            model = cls(config)
+        expected = dict(model.state_dict())
+        if config.tie_word_embeddings:
+            expected.pop("lm_head.weight")
+            tensors.pop("lm_head.weight", None)
+        tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}  # old Llama files carry it
+        for word, names in (("lacks", expected.keys() - tensors.keys()), ("has the unknown", tensors.keys() - expected.keys())):
+            if names:
+                raise ValueError(f"checkpoint in {folder} {word} {', '.join(sorted(names)[:3])}"
+                                 + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
+        for name, want in expected.items():
+            if tensors[name].shape != want.shape:
+                raise ValueError(f"{name} in {folder} has shape {tuple(tensors[name].shape)}, "
+                                 f"config.json says {tuple(want.shape)}")
+        model.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, strict=False, assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        model.model.cos, model.model.sin = rotary_tables(config)  # no file holds them
+        return model
+
+    def save_pretrained(self, folder: str | Path, metadata: dict[str, str] | None = None) -> None:
+        """Write ``config.json`` and ``model.safetensors`` (a tied head is not written twice)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
+        if self.config.tie_word_embeddings:
+            del weights["lm_head.weight"]
+        save_file(weights, folder / "model.safetensors", {"format": "pt", **(metadata or {})})
+        (folder / "config.json").write_text(json.dumps(self.config.to_hf(), indent=2) + "\n")
+
+
+def read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of ``model.safetensors``, or of the shards that ``model.safetensors.index.json`` names.
+
+    Raises:
+        ValueError: no such file, a shard missing, or a damaged file.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        files = [single]
+    elif index.exists():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        raise ValueError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
+    tensors = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as f:
+                tensors.update({name: f.get_tensor(name) for name in f.keys()})
+        except FileNotFoundError:
+            raise ValueError(f"{file.name}, named in {index.name}, is missing from {folder}") from None
+        except SafetensorError as e:
+            raise ValueError(f"{file} is damaged or not a safetensors file: {e}") from None
+    return tensors

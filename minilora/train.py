@@ -1,0 +1,233 @@
+"""One training loop for every experiment: pretraining, full fine-tuning and LoRA differ only in what has requires_grad."""
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .desk import DATA, IGNORE, evaluate, load_task, stream, tokenizer
+from .llama import Llama, LlamaConfig
+
+SCHEDULES = {
+    "constant": lambda share: 1.0,
+    "linear": lambda share: 1 - share,
+    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
+}
+
+
+@dataclass
+class Log:
+    """What a run did, one number per step in each list."""
+
+    loss: list[float] = field(default_factory=list)  # mean nats per counted target
+    lr: list[float] = field(default_factory=list)  # of the first parameter group
+    grad_norm: list[float] = field(default_factory=list)  # over all trained parameters, before clipping
+    seconds: float = 0.0  # wall time of all steps
+    trained: int = 0  # number of parameters that train
+
+    def save(self, path: str | Path, every: int = 1) -> None:
+        """Write the log as JSON, each list thinned to its every `every`-th step."""
+        thin = {k: [round(x, 6) for x in v[::every]] if isinstance(v, list) else v for k, v in asdict(self).items()}
+        Path(path).write_text(json.dumps({"every": every, **thin}) + "\n")
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """What multiplies the peak learning rate: a straight rise over `warmup` steps, then the schedule."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return SCHEDULES[schedule]((step - warmup) / max(steps - warmup, 1))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's and torch's random numbers."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def reply_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over the targets that are not -100. ids, targets (B, T) -> scalar."""
+    return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+
+def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, steps: int, lr: float,
+          warmup: int = 10, schedule: str = "cosine", weight_decay: float = 0.0, clip: float | None = 1.0, seed: int = 0,
+          parameters: Iterable | None = None, optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
+          on_step: Callable[[int, nn.Module, Log], None] | None = None, checkpoint: str | Path | None = None,
+          every: int = 200, stop_at: int | None = None, progress: bool = True) -> Log:
+    """Train `model` in place on the parameters that have requires_grad.
+
+    Args:
+        batches: step -> (ids, targets), each (B, T); targets are -100 where the loss does not count.
+        lr: the peak learning rate. What worked in the help-desk world: 1e-2 for LoRA, 1e-3 for full fine-tuning.
+        warmup: steps of straight rise to `lr`, before `schedule` ("constant", "linear" or "cosine") takes it down.
+        clip: largest global gradient norm; None leaves gradients alone.
+        seed: seeds Python and torch when the run starts (dropout draws from there).
+        parameters: what trains, if not every parameter with requires_grad: tensors, or the optimizer's groups, each
+            with its own peak "lr" if it has one (LoRA+).
+        optimizer: its class, called with (parameters, lr=, weight_decay=).
+        on_step: called as on_step(step, model, log) after backward and clipping, before the update, so that gradients
+            are there to look at.
+        checkpoint: a safetensors file, written every `every` steps and at the end. If it is there already the run goes
+            on from it, with the numbers that an uninterrupted run would have given.
+        stop_at: end after this many steps of the planned `steps`, as if interrupted.
+
+    Returns:
+        Log: loss, learning rate and gradient norm of every step.
+
+    Raises:
+        ValueError: nothing to train, a setting out of range, the loss is not finite, or a checkpoint that is damaged
+            or of another run.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"no schedule {schedule!r}, expected one of {', '.join(SCHEDULES)}")
+    if steps < 1 or not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"steps must be at least 1 and lr positive and finite, got steps {steps} and lr {lr}")
+    groups = list(parameters) if parameters is not None else [p for p in model.parameters() if p.requires_grad]
+    if not groups:
+        raise ValueError("nothing to train: no parameter has requires_grad")
+    opt = optimizer(groups, lr=lr, weight_decay=weight_decay)
+    peaks = [group["lr"] for group in opt.param_groups]
+    trained = [p for group in opt.param_groups for p in group["params"]]
+    log, done = Log(trained=sum(p.numel() for p in trained)), 0
+    seed_everything(seed)
+    run = {"steps": steps, "lr": peaks, "warmup": warmup, "schedule": schedule, "weight_decay": weight_decay,
+           "clip": clip, "seed": seed, "optimizer": optimizer.__name__}
+    if checkpoint is not None and Path(checkpoint).exists():
+        log = load_checkpoint(checkpoint, trained, opt, run)
+        done = len(log.loss)
+    end = min(steps, stop_at or steps)
+    model.train()
+    bar = tqdm(range(done, end), initial=done, total=steps, disable=not progress, leave=False)
+    for step in bar:
+        start = time.perf_counter()
+        factor = learning_rate_factor(step, steps, warmup, schedule)
+        for group, peak in zip(opt.param_groups, peaks):
+            group["lr"] = peak * factor
+        loss = reply_loss(model, *batches(step))
+        if not loss.isfinite():
+            raise ValueError(f"the loss is {loss.item()} at step {step}: the learning rate {lr} is probably too high")
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip)
+        log.loss.append(loss.item())
+        log.lr.append(opt.param_groups[0]["lr"])
+        log.grad_norm.append(norm.item())
+        if on_step is not None:
+            on_step(step, model, log)
+        opt.step()
+        opt.zero_grad()
+        log.seconds += time.perf_counter() - start
+        if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == end):
+            save_checkpoint(checkpoint, trained, opt, run, log)
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{log.loss[-1]:.3f}")
+    return log
+
+
+def save_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Optimizer, run: dict, log: Log) -> None:
+    """Write parameters, optimizer state, random state and log to one safetensors file; never a half-written one."""
+    tensors = {f"param.{i}": p.detach().contiguous() for i, p in enumerate(trained)}
+    for i, state in opt.state_dict()["state"].items():
+        tensors |= {f"state.{i}.{key}": value.contiguous() for key, value in state.items()}
+    tensors["rng"] = torch.get_rng_state()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    save_file(tensors, fresh, {"run": json.dumps(run), "log": json.dumps(asdict(log))})
+    os.replace(fresh, path)
+
+
+def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Optimizer, run: dict) -> Log:
+    """Put a run back where `save_checkpoint` left it.
+
+    Raises:
+        ValueError: a damaged file, or one of a run with other settings or parameters.
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+        was, log = json.loads(metadata["run"]), Log(**json.loads(metadata["log"]))
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path} is damaged or not a training checkpoint: {e}") from None
+    if was != run:
+        other = ", ".join(f"{k} {was.get(k)} there, {run[k]} here" for k in run if was.get(k) != run[k])
+        raise ValueError(f"{path} is of another run ({other}); delete it to start afresh")
+    shapes = [tuple(tensors[k].shape) for k in (f"param.{i}" for i in range(len(tensors))) if k in tensors]
+    if shapes != [tuple(p.shape) for p in trained]:
+        raise ValueError(f"{path} is of a run that trains other parameters; delete it to start afresh")
+    state: dict[int, dict[str, Tensor]] = {}
+    for key in (k for k in tensors if k.startswith("state.")):
+        _, i, name = key.split(".")
+        state.setdefault(int(i), {})[name] = tensors[key]
+    with torch.no_grad():
+        for i, p in enumerate(trained):
+            p.copy_(tensors[f"param.{i}"])
+    opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["rng"])
+    return log
+
+
+# ---------------------------------------------------------------- the base
+
+CARD = """# The help-desk base{early}
+
+A Llama-style decoder of {parameters:,} parameters for the made-up support conversations of `minilora/desk.py`.
+
+- Data: the `general` corpus, drawn without end (seed {seed}); only replies are scored. No example of data/tasks/ is in it.
+- Command: `{command}` ({steps} steps of {batch} conversations{stopped})
+- Time: {hours:.2f} hours on {threads} threads, torch {torch}
+- Held-out (`general`, test file): loss {score.loss:.4f} nats a token, exact match {score.exact:.1%}
+- The loss of every tenth step is in `log.json`.
+"""
+
+
+def pretrain(folder: Path, steps: int, early: int, batch: int, lr: float, seed: int = 0) -> None:
+    """Pretrain the base: write ``base`` and, as it stands after `early` steps, ``base_early`` to `folder`.
+
+    A run that was interrupted goes on from its checkpoint in `folder`.
+    """
+    config = LlamaConfig(len(tokenizer()), hidden_size=160, intermediate_size=448, num_hidden_layers=4,
+                         num_attention_heads=5, max_position_embeddings=256, tie_word_embeddings=True)
+    model, run = Llama(config, seed), {"steps": steps, "early": early, "batch": batch, "lr": lr, "seed": seed}
+    command = " ".join(["python -m minilora.train", *(f"--{key} {value}" for key, value in run.items())])
+    examples = load_task("general").test
+
+    def ship(name: str, log: Log) -> None:
+        model.save_pretrained(folder / name)
+        tokenizer().save(folder / name / "tokenizer.json")
+        log.save(folder / name / "log.json", every=10)
+        is_early = name == "base_early"
+        (folder / name / "README.md").write_text(CARD.format(
+            early=", stopped early" * is_early, stopped=f", stopped after {early}" * is_early, command=command, **run,
+            parameters=log.trained, hours=log.seconds / 3600, threads=torch.get_num_threads(), torch=torch.__version__,
+            score=evaluate(model, examples)))
+
+    def on_step(step: int, model: nn.Module, log: Log) -> None:
+        if step == early:  # gradients are there, the weights are those of `early` steps
+            ship("base_early", log)
+
+    log = train(model, stream("general", batch, seed), steps=steps, lr=lr, warmup=100, weight_decay=0.1, seed=seed,
+                on_step=on_step, checkpoint=folder / "pretraining.safetensors")
+    ship("base", log)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m minilora.train", description="Pretrain the base of the notebooks.")
+    parser.add_argument("--folder", type=Path, default=DATA)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--early", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    pretrain(**vars(parser.parse_args()))

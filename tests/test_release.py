@@ -1,0 +1,129 @@
+"""The student version: solutions out, hints and all else in, and each checker says that nothing is written yet."""
+
+import copy
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbgrader.preprocessors import ClearSolutions
+
+from minilora.check import CheckFailed
+from minilora.release import main, release, strip
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+
+SOLUTION = '''def double(n):
+    """Twice n."""
+    ### BEGIN SOLUTION
+    two = 2
+
+    return two * n
+    ### END SOLUTION
+
+
+class Triple:
+    def __call__(self, n):
+        ### BEGIN SOLUTION
+        return 3 * n
+        ### END SOLUTION'''
+STUDENT = '''def double(n):
+    """Twice n."""
+    # YOUR CODE HERE
+    raise NotImplementedError()
+
+
+class Triple:
+    def __call__(self, n):
+        # YOUR CODE HERE
+        raise NotImplementedError()'''
+
+
+def cell(source, solution):
+    meta = dict(schema_version=3, grade_id=source[:9], solution=solution, grade=not solution, locked=not solution,
+                points=1)
+    return new_code_cell(source, metadata={"nbgrader": meta}, execution_count=2,
+                         outputs=[new_output("stream", name="stdout", text="ok: double is right")])
+
+
+@pytest.fixture
+def book():
+    setup = "from minilora.check import Exercise\ntwice = Exercise('double', lambda n: 2 * n, lambda seed: (seed,), [])"
+    return new_notebook(cells=[
+        new_code_cell(setup, execution_count=1, outputs=[new_output("stream", name="stdout", text="kept")]),
+        cell(SOLUTION, True), cell("twice(double)", False), new_markdown_cell("<details>Twice: γ = 2.</details>")])
+
+
+def released(book, tmp_path):
+    (tmp_path / "solved").mkdir()
+    nbformat.write(book, tmp_path / "solved" / "01_a.ipynb")
+    (path,) = release(tmp_path / "solved", tmp_path / "student")
+    return nbformat.read(path, as_version=4)
+
+
+def test_solutions_go_and_all_else_stays(book, tmp_path):
+    setup, solution, check, hint = released(book, tmp_path).cells
+    assert solution.source == STUDENT and check.source == "twice(double)"
+    assert all(c.outputs == [] and c.execution_count is None for c in (solution, check))
+    assert (setup, hint) == (book.cells[0], book.cells[3])
+    assert [c.metadata for c in (solution, check)] == [c.metadata for c in book.cells[1:3]]
+    assert {c.id for c in book.cells} == {setup.id, solution.id, check.id, hint.id}
+
+
+def test_the_student_version_runs_to_the_checker_which_points_to_the_hint(book, tmp_path):
+    setup, solution, check, _ = released(book, tmp_path).cells
+    names = {}
+    exec(setup.source, names)
+    exec(solution.source, names)
+    with pytest.raises(CheckFailed, match="not yet: double is not written yet; the folded cell below has a hint"):
+        exec(check.source, names)
+
+
+def same_as_nbgrader(book):
+    theirs, _ = ClearSolutions().preprocess(copy.deepcopy(book), {})
+    ours = nbformat.reads(json.dumps(strip(json.loads(nbformat.writes(book)))), as_version=4)
+    return [c.source for c in ours.cells] == [c.source for c in theirs.cells]
+
+
+def test_nbgrader_strips_the_same(book):
+    assert same_as_nbgrader(book)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_nbgrader_strips_the_same_from_every_notebook(path):
+    book = nbformat.read(path, as_version=4)
+    assert same_as_nbgrader(book) and "SOLUTION" in nbformat.writes(book)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("    ### END SOLUTION\n\n\n", "\n"), ("    ### BEGIN SOLUTION\n    two", "    two"),
+    ("### BEGIN SOLUTION", "# BEGIN")])
+def test_broken_marks_are_one_clear_error_and_write_nothing(book, tmp_path, capsys, old, new):
+    broken = copy.deepcopy(book)
+    broken.cells[1].source = SOLUTION.replace(old, new)
+    assert broken.cells[1].source != SOLUTION
+    nbformat.write(book, tmp_path / "01_a.ipynb")
+    nbformat.write(broken, tmp_path / "02_b.ipynb")
+    assert main([str(tmp_path), str(tmp_path / "student")]) == 2
+    assert "02_b.ipynb: cell" in capsys.readouterr().err and not (tmp_path / "student").exists()
+
+
+def test_a_solution_without_metadata_or_without_marks_is_refused(book):
+    plain = json.loads(nbformat.writes(book))
+    plain["cells"][1]["metadata"] = {}
+    with pytest.raises(ValueError, match="marked as a solution"):
+        strip(plain)
+    unmarked = json.loads(nbformat.writes(book))
+    unmarked["cells"][1]["source"] = ["n = 1"]
+    with pytest.raises(ValueError, match="marked as a solution"):
+        strip(unmarked)
+
+
+def test_the_command(book, tmp_path, capsys):
+    assert main([str(tmp_path), str(tmp_path / "out")]) == 2 and "no notebooks in" in capsys.readouterr().err
+    nbformat.write(book, tmp_path / "01_a.ipynb")
+    assert main([str(tmp_path), str(tmp_path)]) == 2 and "choose another folder" in capsys.readouterr().err
+    assert main([str(tmp_path), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == f"1 student notebooks in {tmp_path / 'out'}\n"
+    assert main(["a", "b", "c"]) == 2
