@@ -1,0 +1,41 @@
+"""The command line: ``python -m minilora COMMAND ...``. What a command does stands in its room."""
+
+import argparse
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+
+# command -> the room that has the function of the same name and "_command", and what it does
+COMMANDS: dict[str, tuple[str, str]] = {}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is a ValueError: one line, no usage."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("python -m minilora COMMAND ..., where COMMAND is one of\n")
+        print("\n".join(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()))
+        print("\npython -m minilora COMMAND --help tells of its options.")
+        return 0
+    name, *rest = arguments
+    try:
+        if name not in COMMANDS:
+            near = get_close_matches(name, COMMANDS, n=1)
+            raise ValueError(f"no command {name!r}, expected one of {', '.join(COMMANDS)}"
+                             + (f"; near: {near[0]}" if near else ""))
+        room, what = COMMANDS[name]
+        run = getattr(import_module(f"minilora.{room}"), f"{name}_command")
+        run(Parser(prog=f"python -m minilora {name}", description=what), rest)
+    except (ValueError, OSError) as error:
+        print(f"minilora {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
