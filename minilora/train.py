@@ -180,7 +180,7 @@ def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
 
 # ---------------------------------------------------------------- the base
 
-CARD = """# The help-desk base{early}
+CARD = """# The help-desk base{kind}
 
 A Llama-style decoder of {parameters:,} parameters for the made-up support conversations of `minilora/desk.py`.
 
@@ -209,7 +209,7 @@ def pretrain(folder: Path, steps: int, early: int, batch: int, lr: float, seed: 
         log.save(folder / name / "log.json", every=10)
         is_early = name == "base_early"
         (folder / name / "README.md").write_text(CARD.format(
-            early=", stopped early" * is_early, stopped=f", stopped after {early}" * is_early, command=command, **run,
+            kind=", stopped early" * is_early, stopped=f", stopped after {early}" * is_early, command=command, **run,
             parameters=log.trained, hours=log.seconds / 3600, threads=torch.get_num_threads(), torch=torch.__version__,
             score=evaluate(model, examples)))
 
