@@ -238,7 +238,7 @@ def draw_subject(rng: random.Random) -> tuple[str, dict[str, str]]:
 def draw_facts(rng: random.Random, split: str) -> Example:
     """A question about one of the facts in the system line, or about one that is not there."""
     f = world()["facts"]
-    subjects = [draw_subject(rng) for _ in range(rng.randint(2, 4))]
+    subjects = [draw_subject(rng) for _ in range(rng.randint(1, 3))]
     picked = [(f[kind][rng.choice(list(f[kind]))], slots) for kind, slots in subjects]
     (fact, topic, *phrasings), slots = picked[0]
     known = rng.random() < 0.75

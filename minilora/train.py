@@ -184,7 +184,7 @@ CARD = """# The help-desk base{kind}
 
 A Llama-style decoder of {parameters:,} parameters for the made-up support conversations of `minilora/desk.py`.
 
-- Data: the `general` corpus, drawn without end (seed {seed}); only replies are scored. No example of data/tasks/ is in it.
+- Data: the `general` corpus, drawn without end (seed {seed}); only replies are scored. No slot combination or phrasing of the validation and test files is in it.
 - Command: `{command}` ({steps} steps of {batch} conversations{stopped})
 - Time: {hours:.2f} hours on {threads} threads, torch {torch}
 - Held-out (`general`, test file): loss {score.loss:.4f} nats a token, exact match {score.exact:.1%}
@@ -225,7 +225,7 @@ def pretrain(folder: Path, steps: int, early: int, batch: int, lr: float, seed: 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m minilora.train", description="Pretrain the base of the notebooks.")
     parser.add_argument("--folder", type=Path, default=DATA)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--early", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
