@@ -65,19 +65,21 @@ def lines(x: Sequence, series: Mapping[str, Sequence], *, title: str, xlabel: st
 
 
 def bars(groups: Sequence[str], series: Mapping[str, Sequence], *, title: str, ylabel: str, xlabel: str = "",
-         stacked: bool = False, logy: bool = False, dots: tuple[str, Sequence] | None = None) -> Figure:
+         stacked: bool = False, logy: bool = False, dots: tuple[str, Sequence] | None = None,
+         width: float = 6.4) -> Figure:
     """Bars over named groups, side by side or stacked.
 
     Args:
-        dots: (label, values) to mark on top, one a group: what was measured beside what was computed.
+        dots: (label, values) to mark on top, one a group: what was measured beside what was computed. NaN marks none.
+        width: of the figure, in inches.
     """
-    fig, axes = canvas(title, xlabel, ylabel)
+    fig, axes = canvas(title, xlabel, ylabel, width)
     at, low = np.arange(len(groups)), np.zeros(len(groups))
-    width = 0.7 if stacked else 0.8 / len(series)
+    wide = 0.7 if stacked else 0.8 / len(series)
     for i, (label, y) in enumerate(series.items()):
         y = np.asarray(y, dtype=float)
-        where = at if stacked else at + (i - (len(series) - 1) / 2) * width
-        axes.bar(where, y, width, bottom=low if stacked else None, label=label, color=SHADES[i % 6], alpha=0.75,
+        where = at if stacked else at + (i - (len(series) - 1) / 2) * wide
+        axes.bar(where, y, wide, bottom=low if stacked else None, label=label, color=SHADES[i % 6], alpha=0.75,
                  hatch=HATCHES[i % 8], edgecolor="white")
         low = low + y if stacked else low
     if dots:
