@@ -90,7 +90,7 @@ def execute(nb: nbformat.NotebookNode, name: str, folder: Path, bar: tqdm) -> Ru
         memory.sample()
         bar.update()
 
-    client = NotebookClient(nb, timeout=600, kernel_name="python3", record_timing=False,
+    client = NotebookClient(nb, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True,
                             resources={"metadata": {"path": str(folder)}},
                             extra_arguments=["--log-level=ERROR", f"--IPKernelApp.exec_lines={GUARD}"],
                             on_cell_execute=started, on_cell_executed=finished)

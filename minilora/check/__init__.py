@@ -176,7 +176,7 @@ class Estimate:
         """Print how far the guess is from the measured value, a positive number, and what is behind it."""
         if guess is None:
             for ratio, message in self.misconceptions:
-                print(f"about {ratio:.2g} times the measured value: not so. {message}")
+                print(f"about {brief(ratio)} times the measured value: not so. {message}")
             return
         if not is_number(guess) or not guess > 0:
             raise CheckFailed(f"not yet: the guess is {guess!r}, expected a number above 0")
@@ -185,8 +185,13 @@ class Estimate:
         if not reason and 1 / self.within <= ratio <= self.within:
             print(f"right: your guess is within a factor of {self.within:g} of the measured value")
         else:
-            size = f"{ratio:.2g} times" if ratio > 1 else f"1/{1 / ratio:.2g} of"
+            size = f"{brief(ratio)} times" if ratio > 1 else f"1/{brief(1 / ratio)} of"
             print(f"not so: your guess is {size} the measured value. {reason}".rstrip())
+
+
+def brief(ratio: float) -> str:
+    """Two digits, without an exponent."""
+    return f"{ratio:.2g}" if ratio < 99.5 else f"{ratio:,.0f}"
 
 
 def varies(outcomes: Sequence[Outcome]) -> bool:
