@@ -4,6 +4,7 @@ import pkgutil
 import re
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,6 +265,24 @@ def test_every_choice_of_a_prediction_has_its_own_answer(prediction):
     answers = list(prediction.answers.values())
     assert prediction.right in prediction.answers and len(answers) >= 3
     assert len(set(answers)) == len(answers) and all(len(a) > 10 for a in answers)
+
+
+# Wrong answers as learners write them, apart from the checkers' own tables: wrong_answers/nbNN.py.
+
+WRONG = {f"{path.stem}.{name}": answers
+         for path in sorted((Path(__file__).parent / "wrong_answers").glob("nb*.py"))
+         for name, answers in import_module(f"wrong_answers.{path.stem}").WRONG.items()}
+
+
+def test_every_exercise_has_wrong_answers():
+    assert set(WRONG) == set(EXERCISES) - {"toy"} and all(len(answers) >= 3 for answers in WRONG.values())
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_each_wrong_answer_is_told_what_is_wrong(key):
+    told = [EXERCISES[key].diagnose(answer) for answer, _ in WRONG[key]]
+    assert all(text and part in text for text, (_, part) in zip(told, WRONG[key])), told
+    assert len(set(told)) == len(told)
 
 
 def test_a_dull_table_of_mistakes_would_be_caught():
