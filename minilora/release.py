@@ -1,7 +1,8 @@
 """Writes the student version of the notebooks: ``python -m minilora.release [notebooks [release]]``.
 
-What stands between ``### BEGIN SOLUTION`` and ``### END SOLUTION`` becomes nbgrader's own stub, and exercise cells lose
-their outputs. Hints, other outputs and nbgrader's metadata stay, so nbgrader can grade what comes back.
+What stands between ``### BEGIN SOLUTION`` and ``### END SOLUTION`` becomes nbgrader's own stub. Exercise cells lose their
+outputs, and so do those that answer a prediction. Hints, other outputs and nbgrader's metadata stay, so nbgrader can
+grade what comes back.
 """
 
 import json
@@ -31,7 +32,8 @@ def strip_cell(cell: dict) -> dict:
     if broken or bool(regions) != bool(grading.get("solution")):
         raise ValueError(f"cell {cell.get('id')!r} must be marked as a solution in its metadata and hold whole regions "
                          f"from ### BEGIN SOLUTION to ### END SOLUTION, or neither: {source[:80]!r}")
-    if cell["cell_type"] == "code" and (grading.get("solution") or grading.get("grade")):
+    answers = grading.get("solution") or grading.get("grade") or ".reveal(" in source
+    if cell["cell_type"] == "code" and answers:
         cell = cell | {"outputs": [], "execution_count": None}
     return cell | {"source": stripped.splitlines(keepends=True)}
 

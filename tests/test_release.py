@@ -71,6 +71,13 @@ def test_solutions_go_and_all_else_stays(book, tmp_path):
     assert {c.id for c in book.cells} == {setup.id, solution.id, check.id, hint.id}
 
 
+def test_answers_to_predictions_go(book, tmp_path):
+    told = [new_output("stream", name="stdout", text="a: right. So it is.")]
+    book.cells.append(new_code_cell("plots.show(fig, text)\nnb02.guess.reveal(guess)", execution_count=4, outputs=told))
+    *_, answered = released(book, tmp_path).cells
+    assert answered.outputs == [] and "reveal" in answered.source
+
+
 def test_the_student_version_runs_to_the_checker_which_points_to_the_hint(book, tmp_path):
     setup, solution, check, _ = released(book, tmp_path).cells
     names = {}
