@@ -6,7 +6,11 @@ from difflib import get_close_matches
 from importlib import import_module
 
 # command -> the room that has the function of the same name and "_command", and what it does
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "inspect": ("dissect", "what is inside an adapter: rank, norm, spectrum of every module"),
+    "truncate": ("dissect", "write an adapter again at a smaller rank, as near as that rank allows"),
+    "extract": ("dissect", "write the adapter nearest to the difference of two checkpoints"),
+}
 
 
 class Parser(argparse.ArgumentParser):

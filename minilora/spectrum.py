@@ -255,7 +255,7 @@ class Intruders(NamedTuple):
 
 def intruder_dimensions(W0: Tensor, W: Tensor, k: int = 10, epsilon: float = 0.5, seed: int = 0) -> Intruders:
     """Top directions of the tuned weight that resemble none of the base's (Shuttleworth et al. 2024, 2410.21228,
-    section 3, algorithm 1).
+    algorithm 1).
 
     Of the k leading left singular vectors of W those whose |cosine| with every left singular vector of W0 is below
     `epsilon`. A random direction nearly always is one; W0 must have no two equal singular values, whose vectors could
@@ -284,7 +284,8 @@ class LowRank(NamedTuple):
     """Factors of the nearest matrix of a rank, and how far it is."""
 
     B: Tensor  # (out, rank)
-    A: Tensor  # (rank, in); the singular values are shared evenly between the two
+    A: Tensor  # (rank, in); each takes the root of the singular values
+    norm: float  # ||whole||_F
     error: float  # ||rest||_F / ||whole||_F; its square is the share of the energy that is lost
 
 
@@ -319,9 +320,9 @@ def nearest(U: Tensor, S: Tensor, Vh: Tensor, rank: int | None, energy: float | 
         raise ValueError(f"expected either a rank or a share of the energy, got rank={rank} and energy={energy}")
     rank = max(1, rank_for_energy(S, energy)) if rank is None else rank
     possible(rank, len(S))
-    root, squares = S[:rank].sqrt(), relative(S).square()  # (rank,), (k,)
-    error = (squares[rank:].sum() / squares.sum()).sqrt() if S[0] > 0 else 0.0
-    return LowRank(U[:, :rank] * root, root[:, None] * Vh[:rank], float(error))
+    root, shape = S[:rank].sqrt(), relative(S)  # (rank,), (k,)
+    whole, rest = float(shape.norm()), float(shape[rank:].norm())
+    return LowRank(U[:, :rank] * root, root[:, None] * Vh[:rank], float(S[0]) * whole, rest / whole if whole else 0.0)
 
 
 def possible(rank: int, most: int, name: str = "rank") -> None:
