@@ -197,9 +197,8 @@ def orthonormal(*bases: Tensor) -> list[Tensor]:
     for i, U in enumerate(bases, 1):
         off = (U.T @ U - torch.eye(U.shape[1], dtype=U.dtype, device=U.device)).abs().max()
         if off > 1e-3:
-            hint = "; transposed they are" * (U.shape[0] < U.shape[1])
             raise ValueError(f"basis {i} of shape {tuple(U.shape)} must have orthonormal columns, and is off by "
-                             f"{off:.2g}: take singular vectors, or torch.linalg.qr of it")
+                             f"{off:.2g}: take U or Vh.T of an SVD, or torch.linalg.qr")
     return [U.to(torch.promote_types(bases[0].dtype, bases[-1].dtype)) for U in bases]
 
 

@@ -1,10 +1,10 @@
-"""How fast the spectrum is: ``python tests/bench/spectrum_speed.py [--no-dense]`` (with the dense SVD it takes minutes).
+"""How fast the spectrum is: ``python tests/bench/spectrum_speed.py [--no-dense]``; the dense SVD takes minutes.
 
 Three figures, on one thread, medians of several runs:
-  product_svd at 4096 x 4096, rank 16, against ``torch.linalg.svd`` of the dense product in the same run: at least 1,000;
+  product_svd at 4096 x 4096, rank 16, against ``torch.linalg.svd`` of the dense product, same run: at least 1,000 times;
   product_svd at 12288 x 12288, rank 16: below 20 ms;
-  ``python -m minilora inspect`` on an adapter of a 7B model (random, rank 64, all linears, 224 modules, fp32, written to
-  a temporary folder), the whole process, its peak resident memory: below 5 s and 1.5 GiB.
+  ``python -m minilora inspect`` on an adapter of a 7B model (random, rank 64, all linears, 224 modules, fp32, in a
+  temporary folder): the time of the whole process and its peak resident memory, below 5 s and 1.5 GiB.
 On a busy machine the wall clock says how busy it is, the processor time beside it how much there was to do.
 """
 
@@ -96,5 +96,5 @@ if __name__ == "__main__":
         subprocess.run([sys.executable, __file__, "--write", folder], check=True)
         for _ in range(3):
             wall, busy, peak = inspect(folder)
-            print(f"inspect, 224 modules of rank 64: {wall:.2f} s wall, {busy:.2f} s processor, {peak / 2**30:.2f} GiB peak",
-                  flush=True)
+            print(f"inspect, 224 modules of rank 64: {wall:.2f} s wall, {busy:.2f} s processor, "
+                  f"{peak / 2**30:.2f} GiB peak", flush=True)
