@@ -152,10 +152,10 @@ class AdapterSpectrum:
     @property
     def advice(self) -> tuple[int, float, float] | None:
         """The smallest power of two as rank that loses at most `LOSS` of the energy, and the loss, in all and in the
-        worst module; None where no such rank is below the adapter's."""
-        most = max(m.rank for m in self.modules)
-        ranks = (2**i for i in range(most.bit_length()) if 2**i < most)
-        return next(((r, *self.lost(r)) for r in ranks if self.lost(r)[0] <= LOSS), None)
+        worst module; None where no such rank is below the adapter's, or nothing is there to keep."""
+        most = max(m.rank if m.norm else 1 for m in self.modules)
+        choices = ((2**i, *self.lost(2**i)) for i in range((most - 1).bit_length()))
+        return next((choice for choice in choices if choice[1] <= LOSS), None)
 
     @property
     def summary(self) -> str:
@@ -165,8 +165,8 @@ class AdapterSpectrum:
         rank = f"rank {max(ranks)}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
         typical, most = median_low(needed), max(needed)
         where = f"in {typical}" if typical == most else f"in {typical} (the median module; at most {most})"
-        if self.advice:
-            r, lost, worst = self.advice
+        if advice := self.advice:
+            r, lost, worst = advice
             return (f"{rank}, but {SHARE:.0%} of the energy is {where}: `python -m minilora truncate {self.folder} "
                     f"OUT --rank {r}` loses {percent(lost)} (at most {percent(worst)} in a module)")
         if max(ranks) == 1:
@@ -329,6 +329,7 @@ def extract_adapter(base: str | os.PathLike, tuned: str | os.PathLike, out: str 
     check_targets(targets, names)
     transposed, found, left_out = transposes(Path(base), names), {}, []
     for name, key in tqdm(names.items(), desc="extract", unit="tensor", disable=None):
+        W0 = W = None  # one pair at a time, not two
         W0, W = (read(f[key], key) if key in f else None for f in files)
         linear = key.endswith(".weight") and not NO_LINEAR.fullmatch(last(name)) and W0 is not None and W0.dim() == 2
         chosen = linear and (not targets or any(entry_matches(target, name) for target in targets))

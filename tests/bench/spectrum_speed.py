@@ -1,7 +1,7 @@
 """How fast the spectrum is: ``python tests/bench/spectrum_speed.py [--no-dense]``; the dense SVD takes minutes.
 
 Three figures, on one thread, medians of several runs:
-  product_svd at 4096 x 4096, rank 16, against ``torch.linalg.svd`` of the dense product, same run: at least 1,000 times;
+  product_svd at 4096 x 4096, rank 16, against ``torch.linalg.svd`` of the dense product in one run: at least 1,000;
   product_svd at 12288 x 12288, rank 16: below 20 ms;
   ``python -m minilora inspect`` on an adapter of a 7B model (random, rank 64, all linears, 224 modules, fp32, in a
   temporary folder): the time of the whole process and its peak resident memory, below 5 s and 1.5 GiB.
