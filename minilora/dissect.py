@@ -29,7 +29,7 @@ SHARE = 0.9  # of the energy, whose directions are counted
 LOSS = 0.05  # of the energy, that a truncation may cost for `inspect` to propose it
 OUTLIER = 3  # times the median norm of the modules of the same name in the other layers, or a third of it
 # weights that are no linear's, by the last part of their name: embeddings and the output head
-NO_LINEAR = re.compile(r".*embed.*|wte|wpe|shared|lm_head|output", re.IGNORECASE)
+NO_LINEAR = re.compile(r".*embed.*|wte|wpe|shared|relative_attention_bias|lm_head|output", re.IGNORECASE)
 CONV1D_MODELS, CONV1D = ("gpt2", "openai-gpt"), ("c_attn", "q_attn", "c_fc", "c_proj")  # these store W transposed
 
 

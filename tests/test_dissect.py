@@ -95,8 +95,9 @@ def test_inspect_gives_what_the_dense_updates_have(settings, tmp_path):
 def test_inspect_reads_what_peft_writes(family, targets, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    theirs = get_peft_model(getattr(small, family)(), LoraConfig(r=4, lora_alpha=6, target_modules=targets,
-                                                                  rank_pattern={targets[1]: 2}, init_lora_weights=False))
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, rank_pattern={targets[1]: 2},
+                        init_lora_weights=False)
+    theirs = get_peft_model(getattr(small, family)(), config)
     theirs.save_pretrained(tmp_path)
     deltas = {name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
               for name, module in theirs.named_modules() if hasattr(module, "get_delta_weight")}
