@@ -22,8 +22,8 @@ from tqdm import tqdm
 from .adapters import CONFIG, PREFIX, WEIGHTS, AdapterFile, keys_of, peft_config, read_adapter, write_adapter
 from .config import LoRAConfig, entry_matches
 from .insert import table
-from .spectrum import LowRank, effective_rank, energy, extract_lora, product_svdvals, rank_for_energy, stable_rank
-from .spectrum import truncate as truncate_factors
+from .spectrum import (LowRank, effective_rank, energy, extract_lora, frobenius, product_svdvals, rank_for_energy,
+                       stable_rank, truncate)
 
 SHARE = 0.9  # of the energy, whose directions are counted
 LOSS = 0.05  # of the energy, that a truncation may cost for `inspect` to propose it
@@ -100,7 +100,7 @@ class ModuleSpectrum:
 
     @property
     def norm(self) -> float:
-        return float(self.S.norm())
+        return frobenius(self.S)
 
     @property
     def dead(self) -> int:
@@ -297,7 +297,7 @@ def truncate_adapter(folder: str | os.PathLike, out: str | os.PathLike, *, rank:
     if rank is not None and rank > most:
         raise ValueError(f"rank {rank} is above the adapter's {most}: truncation only makes a rank smaller")
     check_free(out)
-    cut = {p.name: named(p.name, truncate_factors, p.B, p.A, p.scaling, energy=energy,
+    cut = {p.name: named(p.name, truncate, p.B, p.A, p.scaling, energy=energy,
                          rank=None if rank is None else min(rank, *p.B.shape, *p.A.shape)) for p in parts}
     config = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8")) | rank_settings(cut)
     tensors = dict(adapter.tensors) | tensors_of({p.name: (p.kind, cut[p.name]) for p in parts})

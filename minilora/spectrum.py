@@ -45,7 +45,7 @@ def product_svdvals(B: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:
 
 def product_norm(B: Tensor, A: Tensor, scale: float = 1.0) -> float:
     """``||scale * B @ A||_F``. Raises as `product_svd`."""
-    return float(torch.linalg.vector_norm(product_row_norms(B, A, scale).double()))
+    return frobenius(product_svdvals(B, A, scale))
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def energy(S: Tensor) -> Tensor:
     """The share of ||dW||_F^2 in the first 1, 2, ... directions, (k,); ones for a zero update.
 
     Args:
-        S: (k,) singular values, largest first; here and in the three functions below.
+        S: (k,) singular values, largest first; here and in the functions below.
 
     Raises:
         ValueError: S is no such list.
@@ -138,6 +138,11 @@ def effective_rank(S: Tensor) -> float:
     p = relative(S)
     p = p / p.sum().clamp_min(1)  # the largest is 1, or all are zero
     return float(torch.special.entr(p).sum().exp()) if p[0] > 0 else 0.0
+
+
+def frobenius(S: Tensor) -> float:
+    """||dW||_F. Raises as `energy`."""
+    return float(S[0]) * float(relative(S).norm())
 
 
 def relative(S: Tensor) -> Tensor:
@@ -319,9 +324,9 @@ def nearest(U: Tensor, S: Tensor, Vh: Tensor, rank: int | None, energy: float | 
         raise ValueError(f"expected either a rank or a share of the energy, got rank={rank} and energy={energy}")
     rank = max(1, rank_for_energy(S, energy)) if rank is None else rank
     possible(rank, len(S))
-    root, shape = S[:rank].sqrt(), relative(S)  # (rank,), (k,)
-    whole, rest = float(shape.norm()), float(shape[rank:].norm())
-    return LowRank(U[:, :rank] * root, root[:, None] * Vh[:rank], float(S[0]) * whole, rest / whole if whole else 0.0)
+    root, parts = S[:rank].sqrt(), relative(S)  # (rank,), (k,)
+    error = float(parts[rank:].norm() / parts.norm()) if S[0] > 0 else 0.0
+    return LowRank(U[:, :rank] * root, root[:, None] * Vh[:rank], frobenius(S), error)
 
 
 def possible(rank: int, most: int, name: str = "rank") -> None:

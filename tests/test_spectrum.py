@@ -54,6 +54,7 @@ def deficient(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 WIDE = torch.logspace(-15, 15, 8, dtype=torch.float64)
+LOUD_FIRST = torch.tensor([1e50] + [1.0] * 7, dtype=torch.float64)[:, None]
 CASES = {
     "square": lambda B, A: (B, A, 1.0),
     "scaled": lambda B, A: (B, A, -2.5),
@@ -65,6 +66,7 @@ CASES = {
     "huge both, tiny scale": lambda B, A: (B * 1e20, A * 1e20, 1e-25),
     "opposite scales": lambda B, A: (B * WIDE.to(B), A / WIDE.to(A)[:, None], 1.0),
     "scales that add up": lambda B, A: (B * WIDE.to(B), A * WIDE.to(A)[:, None], 1.0),
+    "a zero beside tiny ones": lambda B, A: (B * 1e-25 * (torch.arange(8) > 0), A * 1e-25 * LOUD_FIRST.to(A), 1e40),
     "rank-deficient": lambda B, A: (*deficient(B, A), 1.0),
     "rank one, eight times": lambda B, A: (B[:, :1].expand(-1, 8), A[:1].expand(8, -1), 1.0),
     "cancelling": lambda B, A: (torch.cat((B[:, :4], -B[:, :4]), 1), torch.cat((A[:4], A[:4])), 1.0),
@@ -140,6 +142,8 @@ def test_between_overflow_and_underflow():
     tiny = torch.full((3, 1), 1e-44)  # denormal in fp32
     assert far(product_svd(tiny, torch.full((1, 2), 1e38))[1] * 1e6, tiny[:1, 0].double() * 1e44 * math.sqrt(6)) < 1e-4
     assert product_svd(tiny, tiny.T)[1].tolist() == [0.0]  # 1e-88: below what fp32 can say
+    square = 6 * float(tiny[0]) ** 2 * 1e20  # fp32 squares would be zero
+    assert product_norm(tiny, torch.full((1, 2), 1e10)) == pytest.approx(math.sqrt(square), rel=1e-5)
     with pytest.raises(ValueError, match="overflows torch.float64.*smaller scale"):
         product_svd(huge, huge.T)
 
