@@ -54,7 +54,7 @@ def deficient(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 WIDE = torch.logspace(-15, 15, 8, dtype=torch.float64)
-LOUD_FIRST = torch.tensor([1e50] + [1.0] * 7, dtype=torch.float64)[:, None]
+LOUD_FIRST = torch.tensor([1e25] + [1e-25] * 7, dtype=torch.float64)[:, None]
 CASES = {
     "square": lambda B, A: (B, A, 1.0),
     "scaled": lambda B, A: (B, A, -2.5),
@@ -66,7 +66,7 @@ CASES = {
     "huge both, tiny scale": lambda B, A: (B * 1e20, A * 1e20, 1e-25),
     "opposite scales": lambda B, A: (B * WIDE.to(B), A / WIDE.to(A)[:, None], 1.0),
     "scales that add up": lambda B, A: (B * WIDE.to(B), A * WIDE.to(A)[:, None], 1.0),
-    "a zero beside tiny ones": lambda B, A: (B * 1e-25 * (torch.arange(8) > 0), A * 1e-25 * LOUD_FIRST.to(A), 1e40),
+    "a zero beside tiny ones": lambda B, A: (B * 1e-25 * (torch.arange(8) > 0), A * LOUD_FIRST.to(A), 1e40),
     "rank-deficient": lambda B, A: (*deficient(B, A), 1.0),
     "rank one, eight times": lambda B, A: (B[:, :1].expand(-1, 8), A[:1].expand(8, -1), 1.0),
     "cancelling": lambda B, A: (torch.cat((B[:, :4], -B[:, :4]), 1), torch.cat((A[:4], A[:4])), 1.0),
