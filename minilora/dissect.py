@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -167,8 +168,9 @@ class AdapterSpectrum:
         where = f"in {typical}" if typical == most else f"in {typical} (the median module; at most {most})"
         if advice := self.advice:
             r, lost, worst = advice
-            return (f"{rank}, but {SHARE:.0%} of the energy is {where}: `python -m minilora truncate {self.folder} "
-                    f"OUT --rank {r}` loses {percent(lost)} (at most {percent(worst)} in a module)")
+            return (f"{rank}, but {SHARE:.0%} of the energy is {where}: `python -m minilora truncate "
+                    f"{shlex.quote(str(self.folder))} OUT --rank {r}` loses {percent(lost)} (at most {percent(worst)} "
+                    "in a module)")
         if max(ranks) == 1:
             return "rank 1: there is nothing to truncate"
         half = max(ranks) // 2
@@ -240,7 +242,8 @@ def plot_energy(spectrum: AdapterSpectrum, file: str | os.PathLike) -> str:
     figure.axes[0].set_ylim(0, 1.02)
     figure.savefig(file, dpi=120, bbox_inches="tight")
     needed = {label: next(i for i, share in enumerate(y, 1) if share >= SHARE) for label, y in curves.items()}
-    return f"{file}: {SHARE:.0%} of the energy takes " + ", ".join(f"{k} directions ({l})" for l, k in needed.items())
+    return (f"{file}: directions that hold {SHARE:.0%} of the energy, "
+            + ", ".join(f"{k} ({label})" for label, k in needed.items()))
 
 
 # Truncate and extract
@@ -292,7 +295,7 @@ def truncate_adapter(folder: str | os.PathLike, out: str | os.PathLike, *, rank:
         ValueError: as `inspect_adapter`, a rank above every module's, or an `out` that holds an adapter already.
     """
     adapter = read_adapter(folder)
-    parts, others = parts_of(adapter)
+    parts, _ = parts_of(adapter)
     most = max(len(p.A) for p in parts)
     if rank is not None and rank > most:
         raise ValueError(f"rank {rank} is above the adapter's {most}: truncation only makes a rank smaller")

@@ -399,8 +399,8 @@ def test_the_figure_says_what_it_shows(tmp_path):
     folder = adapter_of({f"layers.{i}.up_proj": [1.0] * k for i, k in enumerate((1, 5, 12))}, tmp_path / "a", 16)
     sentence = plot_energy(inspect_adapter(folder), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert sentence == (f"{tmp_path / 'x.png'}: 90% of the energy takes 1 directions (fewest: layers.0.up_proj), "
-                        "5 directions (median: layers.1.up_proj), 11 directions (most: layers.2.up_proj)")
+    assert sentence == (f"{tmp_path / 'x.png'}: directions that hold 90% of the energy, 1 (fewest: layers.0.up_proj), "
+                        "5 (median: layers.1.up_proj), 11 (most: layers.2.up_proj)")
 
 
 # The command line
@@ -422,7 +422,7 @@ def test_commands(tmp_path, capsys):
     lines = out.splitlines()
     assert code == 0 and err == "" and len(lines) == 1 + 14 + 3 and (tmp_path / "x.pdf").exists()
     assert lines[0].split() == "module out x in rank alpha scaling norm stable effective 90% in dead".split()
-    assert lines[-1].startswith(f"{tmp_path / 'x.pdf'}: 90% of the energy takes ")
+    assert lines[-1].startswith(f"{tmp_path / 'x.pdf'}: directions that hold 90% of the energy, ")
     code, out, err = run(capsys, "truncate", tmp_path / "ex", tmp_path / "tr", "--rank", 1)
     assert code == 0 and "14 modules at rank 1, which lose " in out and len(read_adapter(tmp_path / "tr").tensors) == 28
 
