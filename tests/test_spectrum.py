@@ -139,6 +139,8 @@ def test_the_product_is_never_formed():
 def test_between_overflow_and_underflow():
     huge = torch.full((3, 1), 1e300, dtype=torch.float64)
     assert far(product_svd(huge, huge.T, 1e-300)[1] / 3e300, torch.ones(1)) < 1e-12  # 1e600 would be infinite
+    large = torch.tensor([[1.5e19]])  # 2.25e38 is in fp32's range, 2^128 is not
+    assert far(product_svd(large, large)[1] / 2.25e38, torch.ones(1)) < 1e-5
     tiny = torch.full((3, 1), 1e-44)  # denormal in fp32
     assert far(product_svd(tiny, torch.full((1, 2), 1e38))[1] * 1e6, tiny[:1, 0].double() * 1e44 * math.sqrt(6)) < 1e-4
     assert product_svd(tiny, tiny.T)[1].tolist() == [0.0]  # 1e-88: below what fp32 can say
