@@ -278,7 +278,7 @@ def draw(rng: random.Random, task: str, split: str) -> Example:
         fact, _, *phrasings = rng.choice(list(world()["facts"][kind].values()))
         return Example(conversation(question(rng, phrasing(rng, phrasings, split), slots)), fact.format(**slots))
     form = rng.choice(("plain", "plain", "style", "style", "style", "layout", "layout", "layout", "facts", "facts"))
-    if task == "general" and form == "facts":
+    if task == "facts" or task == "general" and form == "facts":
         return draw_facts(rng, split)
     text, answer, slots = draw_message(rng, split)
     if task == "tone":
@@ -358,15 +358,17 @@ class Score(NamedTuple):
     exact: float  # share of replies that greedy generation gives word for word
 
 
-def stream(task: str = "general", batch: int = 64, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """step -> (ids, targets) of training examples drawn afresh, without end; `seed` and the step alone decide.
+def stream(*tasks: str, batch: int = 64, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """step -> (ids, targets) of training examples of the tasks, in turn, drawn afresh without end; `seed` and the step
+    alone decide. "facts" stands for that part of `general` alone.
 
     Sixteen batches are drawn together and cut by length, so that little of a batch is padding.
     """
     @lru_cache(maxsize=1)
     def pool(number: int) -> list[list[Example]]:
-        rng = random.Random(f"{task} stream {seed} {number}")
-        drawn = sorted((draw(rng, task, "train") for _ in range(16 * batch)), key=lambda e: len(e.prompt + e.reply))
+        rng = random.Random(f"{' '.join(tasks)} stream {seed} {number}")
+        drawn = [draw(rng, tasks[i % len(tasks)], "train") for i in range(16 * batch)]
+        drawn.sort(key=lambda e: len(e.prompt + e.reply))
         return rng.sample([drawn[i:i + batch] for i in range(0, len(drawn), batch)], 16)
 
     return lambda step: collate(pool(step // 16)[step % 16])

@@ -184,22 +184,24 @@ CARD = """# The help-desk base{kind}
 
 A Llama-style decoder of {parameters:,} parameters for the made-up support conversations of `minilora/desk.py`.
 
-- Data: the `general` corpus, drawn without end (seed {seed}); only replies are scored. No slot combination or phrasing of the validation and test files is in it.
-- Command: `{command}` ({steps} steps of {batch} conversations{stopped})
+- Data: the `general` corpus, drawn without end (seed {seed}), in the second part with more of its
+  questions about listed facts; only replies are scored. No slot combination or phrasing of the validation and test files is in it.
+- Command: `{command}` ({steps} + {more} steps of {batch} conversations{stopped})
 - Time: {hours:.2f} hours on {threads} threads, torch {torch}
 - Held-out (`general`, test file): loss {score.loss:.4f} nats a token, exact match {score.exact:.1%}
 - The loss of every tenth step is in `log.json`.
 """
 
 
-def pretrain(folder: Path, steps: int, early: int, batch: int, lr: float, seed: int = 0) -> None:
+def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: float, seed: int = 0) -> None:
     """Pretrain the base: write ``base`` and, as it stands after `early` steps, ``base_early`` to `folder`.
 
-    A run that was interrupted goes on from its checkpoint in `folder`.
+    `steps` at a peak learning rate of `lr`, then `more` at a third of it, in which every other conversation is one
+    about listed facts: looking up comes late. A run that was interrupted goes on from its checkpoints in `folder`.
     """
     config = LlamaConfig(len(tokenizer()), hidden_size=160, intermediate_size=448, num_hidden_layers=4,
                          num_attention_heads=5, max_position_embeddings=256, tie_word_embeddings=True)
-    model, run = Llama(config, seed), {"steps": steps, "early": early, "batch": batch, "lr": lr, "seed": seed}
+    model, run = Llama(config, seed), {"steps": steps, "more": more, "early": early, "batch": batch, "lr": lr, "seed": seed}
     command = " ".join(["python -m minilora.train", *(f"--{key} {value}" for key, value in run.items())])
     examples = load_task("general").test
 
@@ -217,8 +219,12 @@ def pretrain(folder: Path, steps: int, early: int, batch: int, lr: float, seed: 
         if step == early:  # gradients are there, the weights are those of `early` steps
             ship("base_early", log)
 
-    log = train(model, stream("general", batch, seed), steps=steps, lr=lr, warmup=100, weight_decay=0.1, seed=seed,
-                on_step=on_step, checkpoint=folder / "pretraining.safetensors")
+    log = train(model, stream("general", batch=batch, seed=seed), steps=steps, lr=lr, warmup=100, weight_decay=0.1, seed=seed,
+                on_step=on_step, checkpoint=folder / "pretraining_1.safetensors")
+    second = train(model, stream("general", "facts", batch=batch, seed=seed), steps=more, lr=lr / 3, warmup=100,
+                   weight_decay=0.1, seed=seed, checkpoint=folder / "pretraining_2.safetensors")
+    log = Log(log.loss + second.loss, log.lr + second.lr, log.grad_norm + second.grad_norm,
+              log.seconds + second.seconds, log.trained)
     ship("base", log)
 
 
@@ -226,6 +232,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m minilora.train", description="Pretrain the base of the notebooks.")
     parser.add_argument("--folder", type=Path, default=DATA)
     parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--more", type=int, default=2000)
     parser.add_argument("--early", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
