@@ -13,15 +13,20 @@ width and V the vocabulary.
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+import os
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .config import is_number, need
+
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class LlamaConfig:
     """The shape of a decoder; field names are those of Hugging Face's ``config.json``.
 
     Raises:
-        ValueError: a size is not positive, or the heads do not divide what they must divide.
+        ValueError: a value of another type or out of range, heads that do not divide what they must divide, or biases
+            that no supported family has.
     """
 
     vocab_size: int
@@ -49,21 +55,26 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
-        heads = self.num_attention_heads
-        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
-        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // max(heads, 1))
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "head_dim", "max_position_embeddings")
-        for name in sizes:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-        if heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {heads} must be a multiple of num_key_value_heads "
-                             f"{self.num_key_value_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        if self.rope_scaling and rope_type(self.rope_scaling) not in ("default", "llama3"):
-            raise ValueError(f"rope_scaling of type {rope_type(self.rope_scaling)!r} is not supported, expected 'llama3'")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is bool:
+                need(isinstance(value, bool), f"{f.name} must be True or False", value)
+            elif f.type is float:
+                need(is_number(value) and value > 0, f"{f.name} must be a positive number", value)
+            elif f.type is int or (f.type == int | None and value is not None):
+                need(type(value) is int and 0 < value < 2**31, f"{f.name} must be a positive integer", value)
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        object.__setattr__(self, "num_key_value_heads", kv_heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
+        need(heads % kv_heads == 0, f"num_attention_heads {heads} must be a multiple of num_key_value_heads", kv_heads)
+        need(self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim must be even for rotary positions", self.head_dim)
+        need(self.max_position_embeddings <= 2**20, "max_position_embeddings must be at most 2**20: a table holds them all",
+             self.max_position_embeddings)
+        qwen2 = self.attention_bias and not self.mlp_bias  # biases on q, k and v alone
+        need(self.attention_out_bias == self.attention_bias or qwen2, "attention_out_bias must equal attention_bias, "
+             "except in Qwen2, which has biases on q, k and v alone", self.attention_out_bias)
+        if self.rope_scaling is not None:
+            check_rope_scaling(self.rope_scaling)
 
     @classmethod
     def from_hf(cls, config: dict) -> "LlamaConfig":
@@ -74,26 +85,29 @@ class LlamaConfig:
         """
         kind = config.get("model_type", "llama")
         if kind not in ("llama", "mistral", "qwen2"):
-            raise ValueError(f"config.json is of model_type {kind!r}, expected llama, mistral or qwen2")
+            raise ValueError(f"model_type must be llama, mistral or qwen2, got {kind!r}")
         if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported, expected 'silu'")
+            raise ValueError(f"hidden_act must be 'silu', got {config['hidden_act']!r}")
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in config.items() if k in known and v is not None}
-        needed = [f.name for f in fields(cls)][:5]
-        if missing := [name for name in needed if name not in values]:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        if missing := [name for name in REQUIRED if name not in values]:
+            raise ValueError(f"a decoder's config needs {', '.join(missing)}")
         # transformers 5 moved theta and the scaling into one dict, "rope_parameters"
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        values["rope_theta"] = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        need(isinstance(rope, dict), "rope_parameters must be an object", rope)
+        values["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+        rope = {k: v for k, v in rope.items() if k != "rope_theta"}
         values["rope_scaling"] = rope if rope and rope_type(rope) != "default" else None
         if kind == "qwen2":
             values["attention_bias"] = True  # Qwen2 has q, k, v biases and never says so
         elif kind == "llama":
-            values["attention_out_bias"] = bool(config.get("attention_bias"))
-        if config.get("sliding_window") and config.get("use_sliding_window", kind == "mistral"):
-            # a window only differs from full attention beyond its length, so stay within it
-            values["max_position_embeddings"] = min(values.get("max_position_embeddings", 2048), config["sliding_window"])
-        return cls(**values)
+            values["attention_out_bias"] = values.get("attention_bias", False)
+        shape, window = cls(**values), config.get("sliding_window")
+        if window is None or not config.get("use_sliding_window", kind == "mistral"):
+            return shape
+        # a window only differs from full attention beyond its length, so stay within it
+        need(type(window) is int and window > 0, "sliding_window must be a positive integer", window)
+        return replace(shape, max_position_embeddings=min(shape.max_position_embeddings, window))
 
     def to_hf(self) -> dict:
         """The same shape as a ``config.json`` that transformers reads."""
@@ -110,6 +124,17 @@ def rope_type(scaling: dict) -> str:
     return scaling.get("rope_type", scaling.get("type", "default"))
 
 
+def check_rope_scaling(scaling: dict) -> None:
+    """Raise a ValueError unless this is Llama-3's scaling, whole."""
+    need(isinstance(scaling, dict), "rope_scaling must be None or a dict", scaling)
+    need(rope_type(scaling) == "llama3", "rope_scaling must be of type 'llama3'", rope_type(scaling))
+    for name in ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"):
+        need(is_number(scaling.get(name)) and scaling[name] > 0, f"rope_scaling's {name} must be a positive number",
+             scaling.get(name))
+    need(scaling["low_freq_factor"] < scaling["high_freq_factor"], "rope_scaling's low_freq_factor must be below "
+         "high_freq_factor", (scaling["low_freq_factor"], scaling["high_freq_factor"]))
+
+
 def rope_frequencies(config: LlamaConfig) -> Tensor:
     """Radians per position of each pair of head dimensions, (D/2,), in fp32."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim  # (D/2,)
@@ -118,7 +143,7 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
         return freq
     s = config.rope_scaling
     factor, old = s["factor"], s["original_max_position_embeddings"]
-    low, high = s.get("low_freq_factor", 1.0), s.get("high_freq_factor", 4.0)
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
     # turns made over the old context: few turns are slowed by `factor`, many are kept, between them a blend
     turns = old * freq / (2 * math.pi)
     blend = ((turns - low) / (high - low)).clamp(0, 1)
@@ -291,13 +316,17 @@ class Llama(nn.Module):
         A row that has produced `stop` goes on as `stop`; generation ends when every row has.
 
         Raises:
-            ValueError: an empty prompt, or prompt plus max_new longer than the context.
+            ValueError: an empty prompt, an id outside the vocabulary, or prompt plus max_new longer than the context.
         """
-        if ids.dim() != 2 or ids.shape[1] == 0:
-            raise ValueError(f"generate needs ids of shape (batch, tokens) with at least one token, got {tuple(ids.shape)}")
-        room = self.config.max_position_embeddings
-        if ids.shape[1] + max_new > room:
-            raise ValueError(f"prompt of {ids.shape[1]} tokens plus max_new {max_new} is longer than the context of {room}")
+        if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
+            raise ValueError(f"generate needs ids of shape (batch, tokens) with at least one token, got "
+                             f"{tuple(ids.shape)} of {ids.dtype}")
+        words, room = self.config.vocab_size, self.config.max_position_embeddings
+        if ids.min() < 0 or ids.max() >= words:
+            raise ValueError(f"ids must be from 0 to {words - 1}, got {ids.min().item()} to {ids.max().item()}")
+        if max_new < 0 or ids.shape[1] + max_new > room:
+            raise ValueError(f"prompt and max_new must fit the context of {room} tokens, got a prompt of {ids.shape[1]} "
+                             f"and max_new {max_new}")
         cache, out, step = Cache(ids.shape[1] + max_new), [], ids
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(max_new):
@@ -319,30 +348,35 @@ class Llama(nn.Module):
             ValueError: a file missing or damaged, a tensor missing, extra or of another shape.
         """
         folder = Path(folder)
+        values = read_json(folder / "config.json")
         try:
-            config = LlamaConfig.from_hf(json.loads((folder / "config.json").read_text()))
-        except FileNotFoundError:
-            raise ValueError(f"{folder} holds no config.json; expected a checkpoint folder") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise ValueError(f"{folder / 'config.json'} is not valid JSON: {e}") from None
-        tensors = read_safetensors(folder)
-        if dtype is None:
-            dtype = next(iter(tensors.values())).dtype if tensors else torch.float32
-        with torch.device("meta"):  # shapes only: the weights come from the file
-            model = cls(config)
+            config = LlamaConfig.from_hf(values)
+        except ValueError as e:
+            raise ValueError(f"{folder / 'config.json'}: {e}") from None
+        tensors = {k: v for k, v in read_safetensors(folder).items()
+                   if not k.endswith("rotary_emb.inv_freq")}  # old Llama files carry it
+        depth = len({k.split(".")[2] for k in tensors if k.startswith("model.layers.")})
+        if depth != config.num_hidden_layers:
+            raise ValueError(f"checkpoint in {folder} has {depth} layers, config.json says {config.num_hidden_layers}")
+        try:
+            with torch.device("meta"):  # shapes only: the weights come from the file
+                model = cls(config)
+        except RuntimeError as e:
+            raise ValueError(f"{folder}: config.json describes a model of impossible size: {e}") from None
         expected = dict(model.state_dict())
         if config.tie_word_embeddings:
             expected.pop("lm_head.weight")
             tensors.pop("lm_head.weight", None)
-        tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}  # old Llama files carry it
-        for word, names in (("lacks", expected.keys() - tensors.keys()), ("has the unknown", tensors.keys() - expected.keys())):
+        for word, names in (("lacks", expected.keys() - tensors.keys()),
+                            ("has the unknown", tensors.keys() - expected.keys())):
             if names:
                 raise ValueError(f"checkpoint in {folder} {word} {', '.join(sorted(names)[:3])}"
                                  + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
         for name, want in expected.items():
-            if tensors[name].shape != want.shape:
-                raise ValueError(f"{name} in {folder} has shape {tuple(tensors[name].shape)}, "
-                                 f"config.json says {tuple(want.shape)}")
+            if tensors[name].shape != want.shape or not tensors[name].is_floating_point():
+                raise ValueError(f"{name} in {folder} is {tuple(tensors[name].shape)} of {tensors[name].dtype}, "
+                                 f"config.json says {tuple(want.shape)} of a floating-point type")
+        dtype = dtype or next(iter(tensors.values())).dtype
         model.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, strict=False, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
@@ -351,13 +385,36 @@ class Llama(nn.Module):
 
     def save_pretrained(self, folder: str | Path, metadata: dict[str, str] | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` (a tied head is not written twice)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
+        with torch.device("meta"):
+            plain = type(self)(self.config).state_dict()
+        if extra := sorted(weights.keys() - plain.keys()):
+            raise ValueError(f"the model is no plain {type(self).__name__}, it has {extra[0]}: save its adapters with "
+                             "save_adapter, or merge(model, permanent=True) or remove(model) first")
         if self.config.tie_word_embeddings:
             del weights["lm_head.weight"]
-        save_file(weights, folder / "model.safetensors", {"format": "pt", **(metadata or {})})
-        (folder / "config.json").write_text(json.dumps(self.config.to_hf(), indent=2) + "\n")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / "model.safetensors.tmp", {"format": "pt", **(metadata or {})})
+        (folder / "config.json.tmp").write_text(json.dumps(self.config.to_hf(), indent=2) + "\n")
+        for name in ("model.safetensors", "config.json"):  # neither is ever half written
+            os.replace(folder / f"{name}.tmp", folder / name)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: no such file, or one that is damaged or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path.name} in {path.parent}; expected a checkpoint folder") from None
+    except (ValueError, OSError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged or not a JSON file: {e!r}") from None
+    need(isinstance(value, dict), f"{path} must hold an object", value)
+    return value
 
 
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
@@ -367,19 +424,18 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
         ValueError: no such file, a shard missing, or a damaged file.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        files = [single]
-    elif index.exists():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    else:
-        raise ValueError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
+    names = {single.name}
+    if index.exists() and not single.exists():
+        shards = read_json(index).get("weight_map")
+        need(shards and isinstance(shards, dict), f"{index} must map tensors to files under weight_map", shards)
+        names = set(map(str, shards.values()))
     tensors = {}
-    for file in files:
+    for file in (folder / name for name in sorted(names)):
+        if not file.is_file():
+            raise ValueError(f"{folder} holds no {file.name}" + f", which {index.name} names" * (file != single))
         try:
             with safe_open(file, framework="pt") as f:
                 tensors.update({name: f.get_tensor(name) for name in f.keys()})
-        except FileNotFoundError:
-            raise ValueError(f"{file.name}, named in {index.name}, is missing from {folder}") from None
-        except SafetensorError as e:
-            raise ValueError(f"{file} is damaged or not a safetensors file: {e}") from None
+        except Exception as e:  # the reader's errors have no common class: SafetensorError, OSError, KeyError, ...
+            raise ValueError(f"{file} is damaged or not a safetensors file: {e!r}") from None
     return tensors
