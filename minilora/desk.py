@@ -22,7 +22,8 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -32,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import need
 from .llama import Llama
 
 DATA = Path(__file__).parent.parent / "data"
@@ -94,7 +96,19 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        return cls(json.loads(path.read_text()))
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: no such file, or one that does not hold a list of words with <pad> and <end>, each once.
+        """
+        try:
+            words = json.loads(path.read_text())
+            sound = {"<pad>", "<end>"} <= set(words) and len(set(words)) == len(words) and "" not in words
+        except (ValueError, OSError, TypeError, RecursionError) as e:
+            raise ValueError(f"{path} is missing, damaged or no tokenizer: {e!r}") from None
+        need(sound and isinstance(words, list) and all(isinstance(word, str) for word in words),
+             f"{path} must hold a list of words with <pad> and <end>, each once", words)
+        return cls(words)
 
 
 def vocabulary() -> list[str]:
@@ -311,17 +325,29 @@ def load_task(name: str) -> Task:
     """The task called `name`, from its files of fixed content in data/tasks/.
 
     Raises:
-        ValueError: no such task.
+        ValueError: no such task, or a file of it that is missing or damaged.
     """
-    if name not in TASKS:
-        near = difflib.get_close_matches(str(name), TASKS, n=1)
-        raise ValueError(f"no task {name!r}, expected one of {', '.join(TASKS)}" + (f"; near: {near[0]}" if near else ""))
-    read = lambda split: [Example(**json.loads(line)) for line in task_file(name, split).read_text().splitlines()]
-    return Task(name, *map(read, SPLITS))
+    check_name("task", name, TASKS)
+    return Task(name, *(read_examples(task_file(DATA, name, split)) for split in SPLITS))
 
 
-def task_file(name: str, split: str) -> Path:
-    return DATA / "tasks" / f"{name}_{split}.jsonl"
+def read_examples(path: Path) -> list[Example]:
+    try:
+        return [Example(**json.loads(line)) for line in path.read_text().splitlines()]
+    except (ValueError, OSError, TypeError) as e:
+        raise ValueError(f"{path} is missing, damaged or no task file: {e!r}") from None
+
+
+def check_name(kind: str, name: str, names: Iterable[str]) -> None:
+    """Raise a ValueError, with the nearest of the names there are, unless `name` is one of them."""
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1)
+        hint = f"; near: {near[0]}" if near else ""
+        raise ValueError(f"no {kind} {name!r}, expected one of {', '.join(names)}{hint}")
+
+
+def task_file(folder: Path, name: str, split: str) -> Path:
+    return folder / "tasks" / f"{name}_{split}.jsonl"
 
 
 def collate(examples: Iterable[Example]) -> tuple[Tensor, Tensor]:
@@ -363,7 +389,13 @@ def stream(*tasks: str, batch: int = 64, seed: int = 0) -> Callable[[int], tuple
     alone decide. "facts" stands for that part of `general` alone.
 
     Sixteen batches are drawn together and cut by length, so that little of a batch is padding.
+
+    Raises:
+        ValueError: no such task, or a batch of no examples.
     """
+    check_name("task", task, TASKS)
+    need(type(batch) is int and batch > 0, "batch must be a positive integer", batch)
+
     @lru_cache(maxsize=1)
     def pool(number: int) -> list[list[Example]]:
         rng = random.Random(f"{' '.join(tasks)} stream {seed} {number}")
@@ -374,23 +406,37 @@ def stream(*tasks: str, batch: int = 64, seed: int = 0) -> Callable[[int], tuple
     return lambda step: collate(pool(step // 16)[step % 16])
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model) -> Iterator[None]:
+    """The model in evaluation mode, without gradients; afterwards in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def evaluate(model, examples: list[Example], batch: int = 128) -> Score:
     """Loss and exact match on `examples`.
 
     Greedy generation gives the reply exactly if and only if each of its tokens, <end> included, is the most likely
     one after the tokens before it. One forward pass over prompt and reply checks that, so nothing is generated.
+
+    Raises:
+        ValueError: no examples, or one that is longer than the model's context.
     """
+    need(examples and type(batch) is int and batch > 0, "evaluate needs examples and a positive batch", batch)
     loss, tokens, exact = 0.0, 0, 0
-    training, order = model.training, sorted(examples, key=lambda e: len(e.prompt) + len(e.reply))
-    model.eval()
-    for i in range(0, len(order), batch):
-        ids, targets = collate(order[i:i + batch])
-        logits, counted = model(ids), targets != IGNORE  # (B, T, V), (B, T)
-        loss += F.cross_entropy(logits[counted], targets[counted], reduction="sum").item()
-        tokens += counted.sum().item()
-        exact += ((logits.argmax(-1) == targets) | ~counted).all(1).sum().item()
-    model.train(training)
+    order = sorted(examples, key=lambda e: len(e.prompt) + len(e.reply))
+    with evaluating(model):
+        for i in range(0, len(order), batch):
+            ids, targets = collate(order[i:i + batch])
+            logits, counted = model(ids), targets != IGNORE  # (B, T, V), (B, T)
+            loss += F.cross_entropy(logits[counted], targets[counted], reduction="sum").item()
+            tokens += counted.sum().item()
+            exact += ((logits.argmax(-1) == targets) | ~counted).all(1).sum().item()
     return Score(loss / tokens, exact / len(examples))
 
 
@@ -400,8 +446,7 @@ def load_base(name: str = "base") -> Llama:
     Raises:
         ValueError: no such base, or a damaged one.
     """
-    if name not in BASES:
-        raise ValueError(f"no base {name!r}, expected one of {', '.join(BASES)}")
+    check_name("base", name, BASES)
     return Llama.from_pretrained(DATA / name)
 
 
@@ -419,20 +464,21 @@ def answer(model, message: str, system: str = "", max_new: int = 48) -> str:
     if room < 1:
         raise ValueError(f"the prompt has {len(ids)} tokens, expected fewer than the context of "
                          f"{model.config.max_position_embeddings}")
-    reply = model.generate(torch.tensor([ids]), min(max_new, room), stop=tok.end)[0].tolist()
+    with evaluating(model):
+        reply = model.generate(torch.tensor([ids]), min(max_new, room), stop=tok.end)[0].tolist()
     return tok.decode(reply[:reply.index(tok.end)] if tok.end in reply else reply)
 
 
-def write_files(sizes: dict[str, int] = {"train": 800, "validation": 200, "test": 200}) -> None:
-    """Write the tokenizer and every task's files."""
-    (DATA / "base").mkdir(exist_ok=True)
-    (DATA / "tasks").mkdir(exist_ok=True)
-    Tokenizer(vocabulary()).save(DATA / "base" / "tokenizer.json")
+def write_files(folder: Path = DATA) -> None:
+    """Write the tokenizer and every task's files to `folder`."""
+    for name in ("base", "tasks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    Tokenizer(vocabulary()).save(folder / "base" / "tokenizer.json")
     for name in TASKS:
-        for split, size in sizes.items():
+        for split, size in zip(SPLITS, (800, 200, 200)):
             rng = random.Random(f"{name} {split}")
             lines = [json.dumps(draw(rng, name, split)._asdict()) for _ in range(size)]
-            task_file(name, split).write_text("\n".join(lines) + "\n")
+            task_file(folder, name, split).write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
