@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .desk import DATA, IGNORE, evaluate, load_task, stream, tokenizer
+from .config import is_number, need
+from .desk import DATA, IGNORE, check_name, evaluate, load_task, stream, tokenizer
 from .llama import Llama, LlamaConfig
 
 SCHEDULES = {
@@ -87,19 +88,25 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
         Log: loss, learning rate and gradient norm of every step.
 
     Raises:
-        ValueError: nothing to train, a setting out of range, the loss is not finite, or a checkpoint that is damaged
-            or of another run.
+        ValueError: nothing to train, a setting out of range, a loss or gradient that is not finite (the weights are
+            then those of the step before), or a checkpoint that is damaged or of another run.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"no schedule {schedule!r}, expected one of {', '.join(SCHEDULES)}")
-    if steps < 1 or not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"steps must be at least 1 and lr positive and finite, got steps {steps} and lr {lr}")
+    check_name("schedule", schedule, SCHEDULES)
+    last = steps if stop_at is None else stop_at
+    for name, value, least in (("steps", steps, 1), ("stop_at", last, 1), ("warmup", warmup, 0), ("every", every, 1)):
+        need(type(value) is int and value >= least, f"{name} must be an integer from {least} on", value)
+    need(is_number(lr) and lr > 0, "lr must be a positive number", lr)
+    need(clip is None or (is_number(clip) and clip > 0), "clip must be a positive number or None", clip)
+    need(is_number(weight_decay) and weight_decay >= 0, "weight_decay must be a number from 0 on", weight_decay)
     groups = list(parameters) if parameters is not None else [p for p in model.parameters() if p.requires_grad]
     if not groups:
         raise ValueError("nothing to train: no parameter has requires_grad")
     opt = optimizer(groups, lr=lr, weight_decay=weight_decay)
     peaks = [group["lr"] for group in opt.param_groups]
+    need(all(is_number(peak) and peak > 0 for peak in peaks), "every group's lr must be a positive number", peaks)
     trained = [p for group in opt.param_groups for p in group["params"]]
+    if not trained or not all(p.requires_grad for p in trained):
+        raise ValueError("nothing to train: `parameters` must hold tensors, each with requires_grad")
     log, done = Log(trained=sum(p.numel() for p in trained)), 0
     seed_everything(seed)
     run = {"steps": steps, "lr": peaks, "warmup": warmup, "schedule": schedule, "weight_decay": weight_decay,
@@ -107,8 +114,9 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
     if checkpoint is not None and Path(checkpoint).exists():
         log = load_checkpoint(checkpoint, trained, opt, run)
         done = len(log.loss)
-    end = min(steps, stop_at or steps)
+    end = min(steps, last)
     model.train()
+    opt.zero_grad()  # what a backward pass before this run may have left
     bar = tqdm(range(done, end), initial=done, total=steps, disable=not progress, leave=False)
     for step in bar:
         start = time.perf_counter()
@@ -116,10 +124,12 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
         for group, peak in zip(opt.param_groups, peaks):
             group["lr"] = peak * factor
         loss = reply_loss(model, *batches(step))
-        if not loss.isfinite():
-            raise ValueError(f"the loss is {loss.item()} at step {step}: the learning rate {lr} is probably too high")
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip)
+        if not (loss.isfinite() and norm.isfinite()):
+            opt.zero_grad()
+            raise ValueError(f"at step {step} the loss is {loss.item()} and the gradient's norm {norm.item()}: the "
+                             f"learning rate {lr} is too high, or the batch has no target")
         log.loss.append(loss.item())
         log.lr.append(opt.param_groups[0]["lr"])
         log.grad_norm.append(norm.item())
@@ -139,11 +149,11 @@ def save_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
     """Write parameters, optimizer state, random state and log to one safetensors file; never a half-written one."""
     tensors = {f"param.{i}": p.detach().contiguous() for i, p in enumerate(trained)}
     for i, state in opt.state_dict()["state"].items():
-        tensors |= {f"state.{i}.{key}": value.contiguous() for key, value in state.items()}
+        tensors |= {f"state.{i}.{key}": value.contiguous() for key, value in state.items() if value is not None}
     tensors["rng"] = torch.get_rng_state()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
+    fresh = path.with_name(path.name + ".tmp")
     save_file(tensors, fresh, {"run": json.dumps(run), "log": json.dumps(asdict(log))})
     os.replace(fresh, path)
 
@@ -157,9 +167,11 @@ def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
     try:
         with safe_open(path, framework="pt") as f:
             tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
-        was, log = json.loads(metadata["run"]), Log(**json.loads(metadata["log"]))
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{path} is damaged or not a training checkpoint: {e}") from None
+        was, log = dict(**json.loads(metadata["run"])), Log(**json.loads(metadata["log"]))
+        rng = torch.Generator()
+        rng.set_state(tensors["rng"])  # fails here if it is no random state
+    except Exception as e:  # the reader's errors have no common class: SafetensorError, OSError, KeyError, ...
+        raise ValueError(f"{path} is damaged or not a training checkpoint: {e!r}") from None
     if was != run:
         other = ", ".join(f"{k} {was.get(k)} there, {run[k]} here" for k in run if was.get(k) != run[k])
         raise ValueError(f"{path} is of another run ({other}); delete it to start afresh")
@@ -170,11 +182,11 @@ def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
     for key in (k for k in tensors if k.startswith("state.")):
         _, i, name = key.split(".")
         state.setdefault(int(i), {})[name] = tensors[key]
+    opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
     with torch.no_grad():
         for i, p in enumerate(trained):
             p.copy_(tensors[f"param.{i}"])
-    opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["rng"])
+    torch.set_rng_state(rng.get_state())
     return log
 
 
