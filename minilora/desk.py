@@ -105,7 +105,7 @@ class Tokenizer:
             words = json.loads(path.read_text())
             sound = {"<pad>", "<end>"} <= set(words) and len(set(words)) == len(words) and "" not in words
         except (ValueError, OSError, TypeError, RecursionError) as e:
-            raise ValueError(f"{path} is missing, damaged or no tokenizer: {e!r}") from None
+            raise ValueError(f"{path} is missing, damaged or no tokenizer: {e}") from None
         need(sound and isinstance(words, list) and all(isinstance(word, str) for word in words),
              f"{path} must hold a list of words with <pad> and <end>, each once", words)
         return cls(words)
@@ -335,7 +335,7 @@ def read_examples(path: Path) -> list[Example]:
     try:
         return [Example(**json.loads(line)) for line in path.read_text().splitlines()]
     except (ValueError, OSError, TypeError) as e:
-        raise ValueError(f"{path} is missing, damaged or no task file: {e!r}") from None
+        raise ValueError(f"{path} is missing, damaged or no task file: {e}") from None
 
 
 def check_name(kind: str, name: str, names: Iterable[str]) -> None:

@@ -68,7 +68,7 @@ class LlamaConfig:
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
         need(heads % kv_heads == 0, f"num_attention_heads {heads} must be a multiple of num_key_value_heads", kv_heads)
         need(self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim must be even for rotary positions", self.head_dim)
-        need(self.max_position_embeddings <= 2**20, "max_position_embeddings must be at most 2**20: a table holds them all",
+        need(self.max_position_embeddings <= 2**20, "max_position_embeddings must be at most 2**20: tables hold them all",
              self.max_position_embeddings)
         qwen2 = self.attention_bias and not self.mlp_bias  # biases on q, k and v alone
         need(self.attention_out_bias == self.attention_bias or qwen2, "attention_out_bias must equal attention_bias, "
@@ -325,8 +325,8 @@ class Llama(nn.Module):
         if ids.min() < 0 or ids.max() >= words:
             raise ValueError(f"ids must be from 0 to {words - 1}, got {ids.min().item()} to {ids.max().item()}")
         if max_new < 0 or ids.shape[1] + max_new > room:
-            raise ValueError(f"prompt and max_new must fit the context of {room} tokens, got a prompt of {ids.shape[1]} "
-                             f"and max_new {max_new}")
+            raise ValueError(f"prompt and max_new must fit the context of {room} tokens, got a prompt of "
+                             f"{ids.shape[1]} and max_new {max_new}")
         cache, out, step = Cache(ids.shape[1] + max_new), [], ids
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(max_new):
@@ -412,7 +412,7 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise ValueError(f"there is no {path.name} in {path.parent}; expected a checkpoint folder") from None
     except (ValueError, OSError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged or not a JSON file: {e!r}") from None
+        raise ValueError(f"{path} is damaged or not a JSON file: {e}") from None
     need(isinstance(value, dict), f"{path} must hold an object", value)
     return value
 
