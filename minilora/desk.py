@@ -75,12 +75,12 @@ class Tokenizer:
             ValueError: a word or character outside the vocabulary, with the nearest known words.
         """
         pieces = self.PIECES.findall(text.lower())
-        for piece in pieces:
-            if piece not in self.ids:
-                kind = "word" if piece.isalpha() and piece.isascii() else "character"
-                near = difflib.get_close_matches(piece, self.words, n=3)
-                hint = f"; near: {', '.join(near)}" if near else ""
-                raise ValueError(f"unknown {kind} {piece!r}, expected one of the {len(self)} known tokens{hint}")
+        if unknown := [piece for piece in pieces if piece not in self.ids]:
+            piece = min(unknown, key=str.isascii)  # of the parts of "spät", the letter that split it
+            kind = "word" if piece.isalpha() and piece.isascii() else "character"
+            near = difflib.get_close_matches(piece, self.words, n=3)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise ValueError(f"unknown {kind} {piece!r}, expected one of the {len(self)} known tokens{hint}")
         return [self.ids[piece] for piece in pieces]
 
     def decode(self, ids: Iterable[int]) -> str:

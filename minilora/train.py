@@ -164,28 +164,34 @@ def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
     Raises:
         ValueError: a damaged file, or one of a run with other settings or parameters.
     """
+    params: dict[int, Tensor] = {}
+    state: dict[int, dict[str, Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as f:
             tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
         was, log = dict(**json.loads(metadata["run"])), Log(**json.loads(metadata["log"]))
         rng = torch.Generator()
-        rng.set_state(tensors["rng"])  # fails here if it is no random state
+        rng.set_state(tensors.pop("rng"))  # fails here if it is no random state
+        for key, value in tensors.items():
+            kind, i, *name = key.split(".")
+            if kind == "param":
+                params[int(i)] = value
+            else:
+                state.setdefault(int(i), {})[name[0]] = value
+        if not len(log.loss) == len(log.lr) == len(log.grad_norm):
+            raise ValueError("its log has lists of different lengths")
     except Exception as e:  # the reader's errors have no common class: SafetensorError, OSError, KeyError, ...
         raise ValueError(f"{path} is damaged or not a training checkpoint: {e!r}") from None
     if was != run:
         other = ", ".join(f"{k} {was.get(k)} there, {run[k]} here" for k in run if was.get(k) != run[k])
         raise ValueError(f"{path} is of another run ({other}); delete it to start afresh")
-    shapes = [tuple(tensors[k].shape) for k in (f"param.{i}" for i in range(len(tensors))) if k in tensors]
-    if shapes != [tuple(p.shape) for p in trained]:
+    here = {i: p.shape for i, p in enumerate(trained)}
+    if {i: p.shape for i, p in params.items()} != here or not state.keys() <= here.keys():
         raise ValueError(f"{path} is of a run that trains other parameters; delete it to start afresh")
-    state: dict[int, dict[str, Tensor]] = {}
-    for key in (k for k in tensors if k.startswith("state.")):
-        _, i, name = key.split(".")
-        state.setdefault(int(i), {})[name] = tensors[key]
     opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
     with torch.no_grad():
         for i, p in enumerate(trained):
-            p.copy_(tensors[f"param.{i}"])
+            p.copy_(params[i])
     torch.set_rng_state(rng.get_state())
     return log
 
