@@ -393,7 +393,9 @@ def stream(*tasks: str, batch: int = 64, seed: int = 0) -> Callable[[int], tuple
     Raises:
         ValueError: no such task, or a batch of no examples.
     """
-    check_name("task", task, TASKS)
+    for task in tasks:
+        check_name("task", task, (*TASKS, "facts"))
+    need(tasks, "stream needs at least one task", tasks)
     need(type(batch) is int and batch > 0, "batch must be a positive integer", batch)
 
     @lru_cache(maxsize=1)

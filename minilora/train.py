@@ -219,7 +219,8 @@ def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: fl
     """
     config = LlamaConfig(len(tokenizer()), hidden_size=160, intermediate_size=448, num_hidden_layers=4,
                          num_attention_heads=5, max_position_embeddings=256, tie_word_embeddings=True)
-    model, run = Llama(config, seed), {"steps": steps, "more": more, "early": early, "batch": batch, "lr": lr, "seed": seed}
+    model = Llama(config, seed)
+    run = {"steps": steps, "more": more, "early": early, "batch": batch, "lr": lr, "seed": seed}
     command = " ".join(["python -m minilora.train", *(f"--{key} {value}" for key, value in run.items())])
     examples = load_task("general").test
 
@@ -237,10 +238,11 @@ def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: fl
         if step == early:  # gradients are there, the weights are those of `early` steps
             ship("base_early", log)
 
-    log = train(model, stream("general", batch=batch, seed=seed), steps=steps, lr=lr, warmup=100, weight_decay=0.1, seed=seed,
+    common = {"warmup": 100, "weight_decay": 0.1, "seed": seed}
+    log = train(model, stream("general", batch=batch, seed=seed), steps=steps, lr=lr, **common,
                 on_step=on_step, checkpoint=folder / "pretraining_1.safetensors")
-    second = train(model, stream("general", "facts", batch=batch, seed=seed), steps=more, lr=lr / 3, warmup=100,
-                   weight_decay=0.1, seed=seed, checkpoint=folder / "pretraining_2.safetensors")
+    second = train(model, stream("general", "facts", batch=batch, seed=seed), steps=more, lr=lr / 3, **common,
+                   checkpoint=folder / "pretraining_2.safetensors")
     log = Log(log.loss + second.loss, log.lr + second.lr, log.grad_norm + second.grad_norm,
               log.seconds + second.seconds, log.trained)
     ship("base", log)

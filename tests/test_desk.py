@@ -259,20 +259,28 @@ def test_batches_show_every_example_once_an_epoch():
 
 
 def test_a_stream_depends_on_seed_and_step_alone():
-    one, other = stream("tone", 8), stream("tone", 8)
+    one, other = stream("tone", batch=8), stream("tone", batch=8)
     forwards, backwards = [one(step) for step in range(20)], [other(step) for step in reversed(range(20))][::-1]
     assert all(torch.equal(a, b) for x, y in zip(forwards, backwards) for a, b in zip(x, y))
     assert len({ids.numpy().tobytes() for ids, _ in forwards}) == 20 and len(forwards[0][0]) == 8
-    seeded = [stream("tone", 8, seed=1)(step)[0].numpy().tobytes() for step in range(20)]
+    seeded = [stream("tone", batch=8, seed=1)(step)[0].numpy().tobytes() for step in range(20)]
     assert not set(seeded) & {ids.numpy().tobytes() for ids, _ in forwards}
 
 
+def test_a_stream_of_several_tasks_takes_them_in_turn():
+    one_of_each = [stream("tone", "ticket", batch=2)(step)[0] for step in range(16)]
+    bracket = tokenizer().ids["["]
+    tickets = sum((ids == bracket).any(1).sum().item() for ids in one_of_each)
+    assert tickets == 16  # half of the 32 that are drawn together
+
+
 @pytest.mark.parametrize("make, said", [
+    (lambda: stream(), "at least one task"),
     (lambda: batches([Example("a", "b")] * 3, 4), "batch must be from 1 to the 3 examples there are, got 4"),
     (lambda: batches([], 1), "the 0 examples there are"),
     (lambda: batches([Example("a", "b")], 0), "got 0"),
     (lambda: stream("genral"), "no task 'genral'.*near: general"),
-    (lambda: stream("tone", 0), "batch must be a positive integer, got 0"),
+    (lambda: stream("tone", batch=0), "batch must be a positive integer, got 0"),
     (lambda: evaluate(small_model(), []), "evaluate needs examples"),
     (lambda: evaluate(small_model(), [Example("<agent>", "no")], 0), "positive batch, got 0")])
 def test_bad_batches(make, said):

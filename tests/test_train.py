@@ -385,28 +385,28 @@ def test_pretraining_ships_both_bases_and_goes_on_where_it_stopped(tmp_path, mon
     monkeypatch.setattr(room, "load_task", lambda name: desk.Task(name, [], [], task.test[:4]))
     monkeypatch.setattr(room, "LlamaConfig", lambda vocab, **_: LlamaConfig(vocab, **{k: v for k, v in SIZES.items() if
                                                                                      k != "vocab_size"}))
-    settings = {"steps": 5, "early": 2, "batch": 4, "lr": 1e-3, "seed": 1}
+    settings = {"steps": 5, "more": 3, "early": 2, "batch": 4, "lr": 1e-3, "seed": 1}
     pretrain(tmp_path / "whole", **settings)
     model, early = Llama.from_pretrained(tmp_path / "whole" / "base"), tmp_path / "whole" / "base_early"
     by_hand = Llama(model.config, 1)
-    log = train(by_hand, stream("general", 4, 1), steps=5, lr=1e-3, warmup=100, weight_decay=0.1, seed=1, stop_at=2,
+    log = train(by_hand, stream("general", batch=4, seed=1), steps=5, lr=1e-3, warmup=100, weight_decay=0.1, seed=1, stop_at=2,
                 progress=False)
     assert equal(weights(Llama.from_pretrained(early)), weights(by_hand))
     card, score = (tmp_path / "whole" / "base" / "README.md").read_text(), evaluate(model, task.test[:4])
     assert f"loss {score.loss:.4f} nats a token, exact match {score.exact:.1%}" in card
-    assert "python -m minilora.train --steps 5 --early 2 --batch 4 --lr 0.001 --seed 1" in card and "early" in (
+    assert "python -m minilora.train --steps 5 --more 3 --early 2 --batch 4 --lr 0.001 --seed 1" in card and "early" in (
         early / "README.md").read_text()
     assert json.loads((early / "log.json").read_text())["loss"] == [round(log.loss[0], 6)]
     assert desk.Tokenizer.load(early / "tokenizer.json").words == tokenizer().words
 
     def interrupted(at):
-        def draw(*arguments):
-            whole = stream(*arguments)
-            return lambda step: whole(step) if step < at else 1 / 0
+        def draw(*tasks, **settings):
+            whole, before = stream(*tasks, **settings), 5 * (len(tasks) - 1)
+            return lambda step: whole(step) if before + step < at else 1 / 0
 
         return draw
 
-    for at in (1, 4):
+    for at in (1, 4, 7):
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
             patch.setattr(room, "stream", interrupted(at))
             patch.setattr(room.train, "__kwdefaults__", room.train.__kwdefaults__ | {"every": 1})
