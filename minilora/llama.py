@@ -1,4 +1,4 @@
-"""The decoder of the notebooks: a Llama in about 250 lines.
+"""The decoder of the notebooks: a Llama in 200 lines, and the reading and writing of its checkpoint folders.
 
 Parameter names are Hugging Face's (``model.layers.0.self_attn.q_proj.weight`` ...), so a real Llama, Mistral or
 Qwen2 checkpoint folder loads unchanged, and an adapter trained here opens there.
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -151,16 +150,16 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rotary_tables(config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, each (context, D)."""
+    """Cosine and sine of every position's angles, each (context, D); the sine's first half is negative, for `rotate`."""
     angles = torch.outer(torch.arange(config.max_position_embeddings).float(), rope_frequencies(config))  # (T, D/2)
-    angles = torch.cat((angles, angles), dim=-1)  # (T, D)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + D/2}) by its position's angle. x (B, H, T, D); cos, sin (T, D)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    """Turn each pair (x_i, x_{i + D/2}) by its position's angle a: to (x_i cos a - x_{i + D/2} sin a, x_{i + D/2} cos a +
+    x_i sin a). x (B, H, T, D); cos, sin (T, D) from `rotary_tables`."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class RMSNorm(nn.Module):
@@ -172,11 +171,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight = self.weight
+        if x.dtype == weight.dtype == torch.float32:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return weight * wide.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -194,14 +194,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "Cache | None",
                 layer: int) -> Tensor:
-        q, k, v = (rearrange(p(x), "b t (h d) -> b h t d", d=self.head_dim)  # (B, H or K, T, D)
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, D)
                    for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, T seen, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
                                            enable_gqa=self.grouped)
-        return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))  # (B, T, C)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, H D) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -309,7 +309,6 @@ class Llama(nn.Module):
         """Logits (B, T, V) for ids (B, T); with a cache, ids are the tokens that follow what it holds."""
         return self.lm_head(self.model(ids, cache))
 
-    @torch.no_grad()
     def generate(self, ids: Tensor, max_new: int, stop: int | None = None) -> Tensor:
         """Greedy continuation. ids (B, T), all rows of one length -> (B, up to max_new).
 
@@ -327,18 +326,17 @@ class Llama(nn.Module):
         if max_new < 0 or ids.shape[1] + max_new > room:
             raise ValueError(f"prompt and max_new must fit the context of {room} tokens, got a prompt of "
                              f"{ids.shape[1]} and max_new {max_new}")
-        cache, out, step = Cache(ids.shape[1] + max_new), [], ids
-        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        for _ in range(max_new):
-            # only the last position's logits are needed, so the head never sees the rest
-            step = self.lm_head(self.model(step, cache)[:, -1:]).argmax(-1)  # (B, 1)
-            if stop is not None:
-                step = step.masked_fill(done[:, None], stop)
-                done |= step[:, 0] == stop
-            out.append(step)
-            if done.all():
-                break
-        return torch.cat(out, dim=1) if out else ids[:, :0]
+        cache, out, step = Cache(ids.shape[1] + max_new), [ids[:, :0]], ids
+        done = torch.zeros_like(ids[:, :1], dtype=torch.bool)  # (B, 1)
+        with torch.inference_mode():  # less work for each small operation than under no_grad
+            while len(out) <= max_new and not done.all():
+                # only the last position's logits are needed, so the head never sees the rest
+                step = self.lm_head(self.model(step, cache)[:, -1:]).argmax(-1)  # (B, 1)
+                if stop is not None:
+                    step = step.masked_fill(done, stop)
+                    done = done | (step == stop)
+                out.append(step)
+        return torch.cat(out, dim=1)  # outside, so that it is a tensor like any other
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "Llama":
