@@ -1,0 +1,179 @@
+"""Notebook 03: matching names, wrapping modules, spending a budget; a prediction about places."""
+
+import math
+
+import torch
+from torch import nn
+
+from . import Exercise, Prediction
+
+
+NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj",
+         "model.layers.10.mlp.up_proj", "vision.my_q_proj", "q_proj", "q_proj.norm", "lm_head", "model.up_proj_2")
+WANTED = (["q_proj"], ["up_proj", "lm_head"], ["layers.1.mlp.up_proj"], ["lm_head", "self_attn.q_proj"])
+
+
+def matched(names, targets):
+    return [name for name in names if any(("." + name)[-len(target) - 1:] == "." + target for target in targets)]
+
+
+find_targets = Exercise(
+    "find_targets", matched, lambda seed: (list(NAMES), WANTED[seed]),
+    [(lambda names, targets: [n for n in names if any(t in n for t in targets)],
+      "a target inside a name is not enough: the name must be the target, or end in a dot and the target"),
+     (lambda names, targets: [n for n in names if any(n.endswith(t) for t in targets)],
+      "my_q_proj ends in q_proj too: what stands before the target must be a dot"),
+     (lambda names, targets: [n for n in names if n in targets],
+      "whole names only: model.layers.0.self_attn.q_proj must match q_proj too"),
+     (lambda names, targets: [n for n in names if any(n.endswith("." + t) for t in targets)],
+      "a name that is the target, with nothing before it, must match as well"),
+     (lambda names, targets: [n for n in names if n.split(".")[-1] in targets],
+      "a target may have dots of its own: layers.1.mlp.up_proj names one module"),
+     (lambda names, targets: [n for t in targets for n in names if ("." + n).endswith("." + t)],
+      "the names must stay in the model's order: go through the names, not through the targets"),
+     (lambda names, targets: list(targets), "these are the targets: return the names that they match"),
+     (lambda names, targets: [n for n in names if all(("." + n).endswith("." + t) for t in targets)],
+      "one target that matches is enough: any, not all")])
+
+
+def shapes(seed: int) -> list[tuple[int, int]]:
+    return [(40 + 8 * seed, 24), (24, 56 + seed), (16, 16), (72, 32 + 2 * seed)][: 2 + seed % 3]
+
+
+def counted(shapes, rank):
+    return sum(rank * out + rank * inp for out, inp in shapes)
+
+
+def spent(shapes, budget):
+    rank = 0
+    while counted(shapes, rank + 1) <= budget and rank < min(min(shape) for shape in shapes):
+        rank += 1
+    return rank
+
+
+def budgets(seed: int) -> tuple:
+    # in turn: not a whole multiple, an exact one, too little for rank 1, more than the smallest matrix allows
+    places = shapes(seed)
+    one = counted(places, 1)
+    return places, (5 * one + one // 2 + 7, 4 * one, one - 1, 1000 * one)[seed % 4]
+
+
+def unlimited(shapes, budget):
+    return budget // sum(out + inp for out, inp in shapes)
+
+
+largest_rank = Exercise(
+    "largest_rank", spent, budgets,
+    [(lambda shapes, budget: min(budget / counted(shapes, 1), min(map(min, shapes))),
+      "a rank is a whole number: // in place of /"),
+     (unlimited, "the rank is larger than a matrix allows: it can be at most min(d_out, d_in) of the smallest one"),
+     (lambda shapes, budget: max(1, spent(shapes, budget)),
+      "the budget is overspent: when it does not pay for rank 1, the answer is 0"),
+     (lambda shapes, budget: min(math.ceil(budget / counted(shapes, 1)), min(map(min, shapes))),
+      "rounded up, so the budget is overspent: round down"),
+     (lambda shapes, budget: min((budget - 1) // counted(shapes, 1), min(map(min, shapes))),
+      "one too small at times: a budget that is used up exactly is not overspent"),
+     (lambda shapes, budget: min(budget // sum(out * inp for out, inp in shapes), min(map(min, shapes))),
+      "rank r costs r * (d_out + d_in) a module, not r * d_out * d_in"),
+     (lambda shapes, budget: min(budget // sum(shapes[0]), min(map(min, shapes))),
+      "that spends the budget on the first module alone: it must pay for all of them")])
+
+
+class Pair(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+class Tuned(nn.Module):
+    """Stands for a LoRA layer: it keeps its base, trains something of its own, and shows in the output."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base, self.factor = base, nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.factor * self.base(x)
+
+
+def wrapped(model, target, layer):
+    for name, module in list(model.named_modules()):
+        parent, _, last = name.rpartition(".")
+        if last == target:
+            setattr(model.get_submodule(parent), last, layer(module))
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, layer):
+            for p in module.parameters(recurse=False):
+                p.requires_grad_(True)
+    return model
+
+
+def forgetful(model, target, layer):
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name == target:
+                setattr(parent, name, layer(child))
+    return model
+
+
+def late(model, target, layer):
+    forgetful(model, target, layer)
+    return model.requires_grad_(False)
+
+
+def first_only(model, target, layer):
+    model.requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name == target:
+                setattr(parent, name, layer(child))
+                return model
+
+
+def everything(model, target, layer):
+    model.requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, layer(child))
+    return model
+
+
+def model_and_target(seed: int) -> tuple:
+    width = 3 + seed
+    return nn.Sequential(Pair(width), nn.Sequential(Pair(width), nn.Linear(width, width))), ("up", "down")[seed % 2], Tuned
+
+
+def outputs_and_flags(result, model, target, layer):
+    width = next(m for m in model.modules() if isinstance(m, nn.Linear)).in_features
+    x = torch.linspace(-1, 1, width)[None]
+    trains = sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    return {"the outputs": model(x), "the parameters that train": trains}
+
+
+wrap = Exercise(
+    "wrap", wrapped, model_and_target,
+    [(lambda model, target, layer: model.requires_grad_(False),
+      "nothing is wrapped: walk through model.modules(), the matches lie below the top level, and put the new layer in "
+      "with setattr(parent, name, layer(child))"),
+     (forgetful, "the base still trains: freeze the model first (requires_grad_(False)), then put the layers in"),
+     (late, "nothing trains: freeze before the new layers come in, not after"),
+     (first_only, "only the first match is wrapped: go on to the others"),
+     (everything, "every linear is wrapped: compare the child's name with the target")],
+    in_place=True, observe=outputs_and_flags)
+
+
+where_to_spend = Prediction("c", {
+    "a": "Attention does decide where to look, but the base looks in the right places already. What changes is what is "
+         "said: the values, the output projections and the MLP carry that.",
+    "b": "A parameter is not a parameter: at one budget the bars differ widely. A key can only change where attention "
+         "looks, never what is said there.",
+    "c": "Many thin corrections beat one thick one: a change in the answer is made in many places. And a query or a key "
+         "can only move attention, which in this task looked in the right places already.",
+    "d": "The frozen weights do most of the work, so a small correction is enough: the bars of LoRA reach that of full "
+         "fine-tuning.",
+})

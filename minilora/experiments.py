@@ -1,0 +1,112 @@
+"""The experiments behind the notebooks: adapt the base to a task, and sweeps of such runs, recorded in data/measured/.
+
+    python -m minilora.experiments targets        writes data/measured/targets.json, with the command and the machine
+
+A recorded sweep is a list of rows; every notebook that shows one trains a row of it again and compares.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .config import LoRAConfig
+from .desk import DATA, batches, evaluate, load_base, load_task
+from .insert import inject
+from .llama import Llama
+from .train import Log, train
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+LR = {"lora": 1e-2, "full": 1e-3}  # what the learning-rate sweep found best on tone
+
+
+@dataclass
+class Run:
+    """A model adapted to a task: its log, and loss (nats a token) and exact match on the test file."""
+
+    model: nn.Module
+    log: Log
+    loss: float
+    exact: float
+
+
+def adapt(task: str, config: LoRAConfig | None = None, *, base: str | nn.Module = "base", steps: int = 150,
+          lr: float | None = None, batch: int = 32, seed: int = 0, on_step: Callable | None = None) -> Run:
+    """Fine-tune a copy of the base on a task's train file and score it on its test file.
+
+    Args:
+        config: the LoRA to inject; None trains every weight.
+        base: a base's name, "random" (its shape, fresh weights), or a model, which is left alone.
+        lr: the peak learning rate; None takes that of `LR`.
+        seed: of the order of the batches, the adapter's start and dropout.
+    """
+    if isinstance(base, nn.Module):
+        model = copy.deepcopy(base)
+    else:
+        model = Llama(load_base().config, seed) if base == "random" else load_base(base)
+    torch.manual_seed(seed)
+    if config is None:
+        model.requires_grad_(True)
+    else:
+        inject(model, config)
+    data = load_task(task)
+    log = train(model, batches(data.train, batch, seed), steps=steps, seed=seed, on_step=on_step, progress=False,
+                lr=lr or LR["full" if config is None else "lora"])
+    return Run(model, log, *evaluate(model, data.test))
+
+
+def targets() -> list[dict]:
+    """Notebook 03: which modules to adapt, at (nearly) one budget of trainable parameters; full fine-tuning beside."""
+    budgets = {"q": (("q_proj",), 16), "k": (("k_proj",), 16), "v": (("v_proj",), 16), "o": (("o_proj",), 16),
+               "q, v": (("q_proj", "v_proj"), 8), "q, k, v, o": (ATTENTION, 4), "up": (("up_proj",), 8),
+               "down": (("down_proj",), 8), "gate, up, down": (MLP, 3), "all": (ATTENTION + MLP, 2), "full": (None, 0)}
+    rows = []
+    for task, (name, (modules, rank)), seed in grid(("tone", "ticket"), budgets.items(), range(2)):
+        run = adapt(task, modules and LoRAConfig(rank, 2 * rank, modules), steps=80, seed=seed)
+        rows.append({"task": task, "targets": name, "rank": rank, "seed": seed, "trained": run.log.trained,
+                     "loss": round(run.loss, 4), "exact": run.exact})
+    return rows
+
+
+SWEEPS = {f.__name__: f for f in (targets,)}
+
+
+def grid(*axes) -> tqdm:
+    """Every combination, with a progress bar."""
+    return tqdm(list(itertools.product(*axes)))
+
+
+def measured(name: str) -> dict:
+    """A recorded sweep: {"command", "machine", "rows"}.
+
+    Raises:
+        ValueError: nothing of that name is recorded.
+    """
+    path = DATA / "measured" / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(f"no record {name!r}, expected one of {', '.join(sorted(p.stem for p in path.parent.glob('*')))}")
+    return json.loads(path.read_text())
+
+
+def record(name: str, rows: list[dict], command: str) -> None:
+    """Write rows to data/measured/ with the command and the machine that made them."""
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    head = json.dumps({"command": command, "machine": machine})[:-1]
+    (DATA / "measured").mkdir(exist_ok=True)
+    (DATA / "measured" / f"{name}.json").write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m minilora.experiments", description=__doc__.partition("\n")[0])
+    parser.add_argument("sweep", choices=SWEEPS)
+    name = parser.parse_args().sweep
+    record(name, SWEEPS[name](), f"python -m minilora.experiments {name}")
