@@ -67,7 +67,7 @@ class LlamaConfig:
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
         need(heads % kv_heads == 0, f"num_attention_heads {heads} must be a multiple of num_key_value_heads", kv_heads)
         need(self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim must be even for rotary positions", self.head_dim)
-        need(self.max_position_embeddings <= 2**20, "max_position_embeddings must be at most 2**20: tables hold them all",
+        need(self.max_position_embeddings <= 2**20, "max_position_embeddings must be at most 2**20: a table holds all",
              self.max_position_embeddings)
         qwen2 = self.attention_bias and not self.mlp_bias  # biases on q, k and v alone
         need(self.attention_out_bias == self.attention_bias or qwen2, "attention_out_bias must equal attention_bias, "
@@ -150,15 +150,17 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rotary_tables(config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, each (context, D); the sine's first half is negative, for `rotate`."""
+    """Cosine and sine of every position's angles, each (context, D); the sine's first half negated, for `rotate`."""
     angles = torch.outer(torch.arange(config.max_position_embeddings).float(), rope_frequencies(config))  # (T, D/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + D/2}) by its position's angle a: to (x_i cos a - x_{i + D/2} sin a, x_{i + D/2} cos a +
-    x_i sin a). x (B, H, T, D); cos, sin (T, D) from `rotary_tables`."""
+    """Turn each pair (x_i, x_j), j = i + D/2, by its angle a, to (x_i cos a - x_j sin a, x_j cos a + x_i sin a).
+
+    x (B, H, T, D); cos, sin (T, D) from `rotary_tables`.
+    """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from minilora import LoRAConfig, desk, inject, lora_parameters
 from minilora.desk import (DATA, IGNORE, PLAIN, SPLITS, TASKS, TICKET, TONE, Example, Tokenizer, answer, batches,
-                           catalogue, cipher_table, collate, conversation, draw, encipher, evaluate, load_base, load_task,
-                           stream, tokenizer, vocabulary, world, write_files)
+                           catalogue, cipher_table, collate, conversation, draw, encipher, evaluate, load_base,
+                           load_task, stream, tokenizer, vocabulary, world, write_files)
 from minilora.llama import Llama, LlamaConfig
 from minilora.train import train
 
@@ -291,16 +291,34 @@ def test_bad_batches(make, said):
 # Scores
 
 
+def said_right(model: Llama, example: Example) -> bool:
+    """Whether greedy generation gives the reply, token by token."""
+    tok = tokenizer()
+    reply = model.generate(torch.tensor([tok.encode(example.prompt)]), 48, tok.end)[0].tolist()
+    return tok.end in reply and tok.decode(reply[:reply.index(tok.end)]) == example.reply
+
+
+def test_the_shipped_base_can_do_its_own_task_and_no_other(tasks):
+    base, early = load_base(), load_base("base_early")
+    assert base.config == early.config and sum(p.numel() for p in base.parameters()) == 1_388_000
+    scores = {name: evaluate(base, task.test) for name, task in tasks.items()}
+    assert scores.pop("general").exact >= 0.95 and max(score.exact for score in scores.values()) < 0.1
+    assert evaluate(early, tasks["general"].test[:50]).exact < 0.5
+    examples = tasks["general"].test[:40]
+    right = [said_right(base, e) for e in examples]
+    assert [evaluate(base, [e]).exact == 1 for e in examples] == right and 30 < sum(right) < 40
+    sizes = [path.stat().st_size for name in desk.BASES for path in (DATA / name).iterdir()]
+    assert sum(sizes) < 12e6
+    assert all((DATA / name / "tokenizer.json").read_text() == (DATA / "base" / "tokenizer.json").read_text()
+               for name in desk.BASES)
+
+
 def test_exact_match_is_greedy_generation(learnt):
     model, examples = learnt
-    tok, said = tokenizer(), []
-    for e in examples:
-        ids = torch.tensor([tok.encode(e.prompt)])
-        reply = model.generate(ids, 20, tok.end)[0].tolist()
-        said.append(tok.end in reply and tok.decode(reply[:reply.index(tok.end)]) == e.reply)
-    assert 10 <= sum(said) <= 40
-    assert [evaluate(model, [e]).exact == 1 for e in examples] == said
-    assert evaluate(model, examples).exact == sum(said) / len(said)
+    right = [said_right(model, e) for e in examples]
+    assert 10 <= sum(right) <= 40
+    assert [evaluate(model, [e]).exact == 1 for e in examples] == right
+    assert evaluate(model, examples).exact == sum(right) / len(right)
 
 
 def test_the_loss_is_the_mean_over_reply_tokens_however_they_are_batched(learnt):
@@ -370,7 +388,7 @@ def test_no_such_task(name, said):
 
 
 @pytest.mark.parametrize("damage", [
-    None, b"\xff", b'{"prompt": "a", "reply', b'{"prompt": "a"}', b'{"prompt": "a", "reply": "b", "c": 1}', b"[1]", b"5"])
+    None, b"\xff", b'{"prompt": "a", "rep', b'{"prompt": "a"}', b'{"prompt": "a", "reply": "b", "c": 1}', b"[1]", b"5"])
 def test_a_damaged_task(damage, tmp_path, monkeypatch):
     shutil.copytree(DATA / "tasks", tmp_path / "tasks")
     monkeypatch.setattr(desk, "DATA", tmp_path)
