@@ -190,6 +190,30 @@ def test_a_pissa_adapter_that_peft_converted_opens(tmp_path):
     assert far(logits(load_adapter(small.hf_llama(), tmp_path / "plain")), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("targets", ["all-linear", "head", "head+embedding"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_all_linears_and_the_head_both_ways(family, targets, tmp_path):
+    """The head of GPT-2 and BERT is tied to the embedding, which PEFT may then write into the file."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    head = {"llama": "lm_head", "gpt2": "lm_head", "bert": "decoder"}[family]
+    names = {"all-linear": targets, "head": [head], "head+embedding": [head, NAMES[family][2]]}[targets]
+    model = inject(MODELS[family](), LoRAConfig(4, 8, names))
+    shake(model)
+    save_adapter(model, tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(MODELS[family](), tmp_path / "ours").eval()
+    assert far(logits(theirs), logits(model)) <= 1e-5
+    theirs = get_peft_model(MODELS[family](), LoraConfig(r=4, lora_alpha=8, target_modules=names)).eval()
+    with torch.no_grad():
+        for key, p in theirs.named_parameters():
+            if "lora_" in key:
+                p.add_(torch.randn_like(p) * 0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = load_adapter(MODELS[family](), tmp_path / "theirs")
+    assert far(logits(back), logits(theirs)) <= 1e-5 and far(logits(back), logits(MODELS[family]())) > 1e-3
+    assert lora_layers(back).keys() == lora_layers(model).keys()
+
+
 @pytest.mark.parametrize("init", ["kaiming", "pissa"])
 def test_a_file_may_have_a_rank_above_its_matrixs(init, tmp_path):
     """PEFT allows it (a router of 8 rows with rank 16), and PiSSA of rank 5 on 6 rows is saved with rank 10."""
