@@ -62,6 +62,11 @@ def adapter_options(base: nn.Module) -> dict:
     return {"device": tensors[0].device, "dtype": torch.promote_types(floats[0], torch.float32)}
 
 
+def widest(t: Tensor) -> torch.dtype:
+    """fp64, or fp32 where the device has no fp64."""
+    return torch.float32 if t.device.type == "mps" else torch.float64
+
+
 class LoRAFunction(torch.autograd.Function):
     """``base(x) + scaling * drop(x) A^T B^T`` for a frozen base: saves x, A and B, and nothing else.
 
@@ -71,17 +76,16 @@ class LoRAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float, dropout: float) -> Tensor:
-        y = base(x)  # (..., out), by the base's own kernel: with B = 0 the result is the base's, bit for bit
         ctx.scaling, ctx.dropout = scaling, dropout
         # drawn from the global generator, so that checkpointing, which restores it, draws the same mask again
         ctx.seed = int(torch.randint(2**62, ())) if dropout else 0
         ctx.dequantize = base.dequantize if quantised(base) else None
         ctx.save_for_backward(x, A, B, None if quantised(base) else dense_weight(base))
-        with no_autocast(x):
-            rows = x.reshape(-1, x.shape[-1]).to(y.dtype)  # (N, in)
-            if dropout:
-                rows = rows * keep_mask(rows, dropout, ctx.seed)
-            y.view(-1, y.shape[-1]).addmm_(rows @ A.to(y.dtype).T, B.to(y.dtype).T, alpha=scaling)
+        rows = x.reshape(-1, x.shape[-1])  # (N, in)
+        seen = rows * keep_mask(rows, dropout, ctx.seed) if dropout else rows
+        inner = seen @ A.to(x.dtype).T  # (N, r), before base(x), which then finds x in the cache
+        y = base(x)  # (..., out), by the base's own kernel: with B = 0 the result is the base's, bit for bit
+        y.view(-1, y.shape[-1]).addmm_(inner.to(y.dtype), B.to(y.dtype).T, alpha=scaling)
         return y
 
     @staticmethod
@@ -89,26 +93,39 @@ class LoRAFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, A, B, W = ctx.saved_tensors
         dx = dA = dB = None
-        with no_autocast(x):
+        with torch.autocast(x.device.type, enabled=False):
             grad = grad.reshape(-1, grad.shape[-1])  # (N, out)
-            rows = x.reshape(-1, x.shape[-1]).to(grad.dtype)  # (N, in)
-            a, b = A.to(grad.dtype), B.to(grad.dtype)
+            rows = x.reshape(-1, x.shape[-1])  # (N, in)
             mask = keep_mask(rows, ctx.dropout, ctx.seed) if ctx.dropout else None
-            seen = rows if mask is None else rows * mask
+            seen = (rows if mask is None else rows * mask).to(grad.dtype)
+            a, b = A.to(grad.dtype), B.to(grad.dtype)
+            # a thin product costs the time to read x or grad: the two that read x follow each other
             inner = (grad @ b).mul_(ctx.scaling)  # (N, r), the gradient of x A^T
             if ctx.needs_input_grad[1]:
                 dA = (inner.T @ seen).to(A.dtype)  # (r, in)
             if ctx.needs_input_grad[2]:
-                dB = (grad.T @ (seen @ a.T).mul_(ctx.scaling)).to(B.dtype)  # (out, r)
+                dB = ((seen @ a.T).mul_(ctx.scaling).T @ grad).T.to(B.dtype)  # (out, r); grad^T (x A^T) takes longer
             if ctx.needs_input_grad[0]:
                 W = ctx.dequantize() if W is None else W
                 dx = grad @ W.to(grad.dtype)  # (N, in)
-                dx = dx.addmm_(inner, a) if mask is None else dx.addcmul_(inner @ a, mask)
+                dx = dx.addmm_(inner, a) if mask is None else dx.addcmul_(inner @ a, mask.to(dx.dtype))
                 dx = dx.view(x.shape).to(x.dtype)
         return dx, dA, dB, None, None, None
 
 
-class LoRALayer(nn.Module):
+class Wrapper(nn.Module):
+    """A module around a `base_layer`. Code that asks it for a weight, bias or in_features finds the base's."""
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith("_"):
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+
+class LoRALayer(Wrapper):
     """A frozen layer and its trainable low-rank update (Hu et al. 2021, section 4.1).
 
     `base_layer` is an nn.Linear, GPT-2's Conv1D, an nn.Embedding, or a quantised linear; for the rest see `LoRAConfig`.
@@ -158,7 +175,7 @@ class LoRALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self.base_layer(x)
-        frozen = not any(p.requires_grad for p in self.base_layer.parameters())
+        frozen = not any(p is not None and p.requires_grad for p in self.base_layer._parameters.values())
         plain = self.kind == "embedding" or self.use_dora or self.init == "pissa"
         if plain or not frozen or torch.compiler.is_compiling():  # the compiler fuses the plain form by itself
             return self.plain(x)
@@ -189,7 +206,7 @@ class LoRALayer(nn.Module):
 
         ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, row by row. DoRA holds it constant in backward (section 4.3).
         """
-        with torch.no_grad(), no_autocast(self.lora_A):
+        with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
             A, B, s = self.lora_A, self.lora_B, self.scaling
             W = dense_weight(self.base_layer)  # (out, in)
             cross = (W.to(A.dtype) @ A.T * B).sum(1)  # (out,)
@@ -219,8 +236,8 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W with the update added, (out, in), in fp64 (fp32 where the device has no fp64): nothing is rounded yet."""
-        wide = torch.float32 if self.lora_A.device.type == "mps" else torch.float64
+        """W with the update added, (out, in), in fp64 where there is fp64: nothing is rounded yet."""
+        wide = widest(self.lora_A)
         update = self.lora_B.to(wide) @ self.lora_A.to(wide)  # (out, in)
         if self.init == "pissa":
             update -= self.start_B.to(wide) @ self.start_A.to(wide)
@@ -265,15 +282,6 @@ class LoRALayer(nn.Module):
             self.unmerged[0].data = fn(self.unmerged[0].data)
         return self
 
-    def __getattr__(self, name: str):
-        # code that asks a linear for its weight, bias or in_features finds the base's
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or name.startswith("_"):
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
-
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, dora={self.use_dora}, init={self.init}"
 
@@ -282,7 +290,3 @@ def keep_mask(like: Tensor, dropout: float, seed: int) -> Tensor:
     """Dropout's mask, 0 or 1 / (1 - dropout), of `like`'s shape; the same for the same seed."""
     generator = torch.Generator(like.device).manual_seed(seed)
     return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
-
-
-def no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
