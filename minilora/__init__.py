@@ -11,6 +11,7 @@ _HOME = {
     "layers": ("LoRALayer",),
     "insert": ("plan", "inject", "remove", "merge", "unmerge", "report", "lora_parameters"),
     "adapters": ("save_adapter", "load_adapter", "fingerprint"),
+    "bank": ("AdapterBank",),
 }
 _ROOM = {name: room for room, names in _HOME.items() for name in names}
 __all__ = sorted(_ROOM)

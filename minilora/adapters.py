@@ -80,7 +80,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, any_base: bool = F
         ValueError: the folder is damaged or no LoRA adapter, needs something this package does not do, was trained on
             another base, or names or shapes differ from the model's. The model is then as before.
     """
-    adapter = read_adapter(folder)
+    return insert_adapter(model, read_adapter(folder), any_base)
+
+
+def insert_adapter(model: nn.Module, adapter: AdapterFile, any_base: bool = False) -> nn.Module:
+    """`load_adapter`, from an adapter that has been read."""
     check_fits(adapter, model)
     if not any_base:
         check_base(adapter, model)

@@ -84,9 +84,7 @@ def inject(model: nn.Module, config: LoRAConfig, any_rank: bool = False) -> nn.M
     layers = {module: LoRALayer(module, row.rank, row.alpha, config.dropout, config.use_rslora, config.use_dora,
                                 config.init).train(module.training)
               for row, module in planned(model, config, any_rank)}
-    model.trained_before_lora = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
-    replace(model, layers)
+    put(model, layers)
     return model
 
 
@@ -97,9 +95,7 @@ def remove(model: nn.Module) -> nn.Module:
     """
     layers = lora_layers(model)
     unmerge(model)
-    replace(model, {layer: layer.base_layer for layer in layers.values()})
-    for p in model.__dict__.pop("trained_before_lora", ()):
-        p.requires_grad_(True)
+    take(model, layers.values())
     return model
 
 
@@ -271,6 +267,19 @@ def tied(model: nn.Module) -> dict[str, set[str]]:
         for name in group:
             others[name] |= group - {name}
     return others
+
+
+def put(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
+    """Freeze the model and put ``layers[base]`` in the place of each base; `take` undoes both."""
+    model.trained_before_lora = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    replace(model, layers)
+
+
+def take(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    replace(model, {layer: layer.base_layer for layer in layers})
+    for p in model.__dict__.pop("trained_before_lora", ()):
+        p.requires_grad_(True)
 
 
 def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
