@@ -104,9 +104,10 @@ class AdapterBank:
         rows = []
         for name, entry in self.entries.items():
             layers = entry.layers.values()
+            ranks = tuple(sorted({layer.rank for layer in layers}))
             parameters = sum(p.numel() for layer in layers for p in layer.parameters(recurse=False))
-            rows.append(ListedAdapter(name, version(entry.layers), entry.base, tuple(sorted({la.rank for la in layers})),
-                                      len(layers), parameters, name == self.in_use, entry.source))
+            rows.append(ListedAdapter(name, version(entry.layers), entry.base, ranks, len(layers), parameters,
+                                      name == self.in_use, entry.source))
         return Listing(rows)
 
     @torch.no_grad()
@@ -121,8 +122,8 @@ class AdapterBank:
             Per module, what was cut away: ||sum - update|| / ||sum||.
 
         Raises:
-            ValueError: the name is taken, an adapter unknown or with DoRA, a weight that is no finite number, or a rank
-                below 1.
+            ValueError: the name is taken, an adapter unknown or with DoRA, a weight that is no finite number or makes
+                the sum overflow, or a rank below 1.
         """
         self.need_new(name)
         need(isinstance(weights, Mapping) and weights, "weights must map names of adapters to numbers", weights)
@@ -139,6 +140,7 @@ class AdapterBank:
             wide = widest(summands[0][1].lora_A)
             B = torch.cat([weight * layer.scaling * layer.lora_B.to(wide) for weight, layer in summands], 1)  # (out, R)
             A = torch.cat([layer.lora_A.to(wide) for _, layer in summands])  # (R, in)
+            need(B.float().isfinite().all(), f"the sum at {module} overflows: the weights are too large", dict(weights))
             U, S, Vh = product_svd(B, A)
             kept = min(rank or len(S), len(S))
             root = S[:kept].sqrt()  # (kept,)

@@ -1,11 +1,11 @@
 """Time of a training step (forward, backward, AdamW) of a stack of transformer blocks, beside the other libraries.
 
-    python tests/bench/lora_step.py [--device cuda] [--dtype bfloat16] [--blocks 4] [--batch 4] [--seq 128] [--rounds 15]
+    python tests/bench/lora_step.py [--device cuda] [--dtype bfloat16] [--blocks 4] [--batch 4] [--seq 128]
 
 Every row is run once a round, in an order drawn anew, so that a slow moment of the machine hits all alike; the figures
 are medians. The floor is the frozen base alone, forward and the gradient of its input, which every row computes.
-"by FLOPs" is the floor times the share of arithmetic that LoRA adds (x A^T is computed twice, as nothing is saved): no
-implementation that recomputes can be faster, were thin matrix products as efficient as square ones.
+"by FLOPs" is the floor and the arithmetic that LoRA adds (x A^T is computed twice, as nothing is saved), were a thin
+product as efficient as a square one. It is not: it takes the time to read x or the gradient, seven times a linear.
 On one CPU thread the clock counts the process's own time, which other programs disturb less.
 """
 

@@ -3,8 +3,8 @@
     python tests/bench/many_linears.py [--linears 500] [--width 64] [--runs 5]
 
 The overhead of the three steps is what they take beyond the same steps of the plain form, x W^T + b + s (x A^T) B^T,
-written out by hand over the same tensors. The total must stay under one second. Seconds of the process's own time on one
-thread, which other programs disturb less; medians of the runs.
+written out by hand over the same tensors. The total must stay under one second. Seconds of the process's own time on
+one thread, which other programs disturb less; medians of the runs.
 """
 
 import argparse
