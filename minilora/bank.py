@@ -15,6 +15,7 @@ from .adapters import insert_adapter, read_adapter
 from .config import is_number, need
 from .insert import lora_layers, put, remove, table, take
 from .layers import LoRALayer, Wrapper, kind_of, widest
+from .spectrum import product_svd
 
 
 @dataclass(frozen=True)
@@ -265,14 +266,6 @@ class RoutedLayer(Wrapper):
             inner = x.reshape(batch, -1, x.shape[-1]).to(y.dtype) @ self.A[self.index].to(y.dtype).mT  # (batch, T, r)
         rows.baddbmm_(inner, self.B[self.index].to(y.dtype))
         return y
-
-
-def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, k), S (k,), Vh (k, in) of ``B @ A``, which is never formed: QR of both factors, SVD of the small core."""
-    Q, R = torch.linalg.qr(B)
-    P, L = torch.linalg.qr(A.mT)
-    U, S, Vh = torch.linalg.svd(R @ L.mT, full_matrices=False)  # at most (R, R)
-    return Q @ U, S, Vh @ P.mT
 
 
 def version(layers: Mapping[str, LoRALayer]) -> str:

@@ -23,7 +23,7 @@ from minilora import (
     save_adapter,
     unmerge,
 )
-from minilora.bank import RoutedLayer, product_svd
+from minilora.bank import RoutedLayer
 from minilora.insert import lora_layers
 
 MODELS = {"ours": small.our_llama, "llama": small.hf_llama, "gpt2": small.gpt2, "bert": small.bert}
@@ -361,17 +361,6 @@ def test_an_adapter_less_itself_is_nothing_and_loses_nothing(tmp_path):
     bank.use("zero")
     assert torch.allclose(logits(bank.model), base, atol=1e-5) and all(0 <= v <= 1 for v in lost.values())
     assert bank.combine("none", {"a": 0}) == dict.fromkeys(lost, 0.0)
-
-
-@pytest.mark.parametrize("shape", [(40, 30, 4), (5, 30, 12), (30, 5, 12), (4, 4, 9)])
-def test_product_svd(shape):
-    out, inp, r = shape
-    B, A = torch.randn(out, r, dtype=torch.float64), torch.randn(r, inp, dtype=torch.float64)
-    U, S, Vh = product_svd(B, A)
-    k = min(shape)
-    assert (U.shape, S.shape, Vh.shape) == ((out, k), (k,), (k, inp))
-    assert torch.allclose(S, torch.linalg.svdvals(B @ A)[:k], rtol=1e-10)
-    assert torch.allclose((U * S) @ Vh, B @ A, rtol=1e-10)
 
 
 @torch.no_grad()

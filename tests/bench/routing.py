@@ -3,7 +3,7 @@ what a switch costs.
 
     python tests/bench/routing.py [--device cuda] [--dtype bfloat16] [--rounds 15]
 
-Two models: one of the shape of the notebooks' base (28 linears), and two transformer blocks of width 768. The adapters,
+Two models: the notebooks' base (28 linears), and two transformer blocks of width 768. The adapters,
 on all linears, are the same files for both libraries; inference only. Every row runs once a round, in an order drawn
 anew; the figures are medians. "routed, with entry" builds the route and leaves it again around its one forward;
 "routed" is the forward inside, as in generation, where one route serves many. On one CPU thread the clock counts the
@@ -25,15 +25,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from minilora import AdapterBank
-from minilora.llama import Llama, LlamaConfig
+from minilora.desk import load_base
 
 ROWS, NAMES = 32, [f"adapter{i}" for i in range(8)]
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANKS = {"all of rank 8": [8] * 8, "ranks 2 to 16": [2, 4, 8, 16] * 2}
-
-
-def notebook_base() -> nn.Module:
-    return Llama(LlamaConfig(730, 160, 448, 4, 5, max_position_embeddings=256, tie_word_embeddings=True), seed=0).eval()
 
 
 def files(base: nn.Module, targets: list[str], ranks: list[int], folder: str) -> None:
@@ -117,9 +113,10 @@ def main() -> None:
             torch.cuda.synchronize()
         return time.process_time() if a.threads == 1 and not cuda else time.perf_counter()
 
-    ids = torch.randint(0, 730, (ROWS, a.seq), device=a.device)
+    small = load_base().to(a.device, dtype).eval()
+    ids = torch.randint(0, small.config.vocab_size, (ROWS, a.seq), device=a.device)
     x = torch.randn(ROWS, a.seq, 768, device=a.device, dtype=dtype)
-    shapes = {"notebooks' base": (notebook_base().to(a.device, dtype), LLAMA, ids),
+    shapes = {"notebooks' base": (small, LLAMA, ids),
               "2 blocks of width 768": (stack(2, 768, dtype, a.device).eval(), list(ALL), x)}
     for shape, (base, targets, x) in shapes.items():
         for what, ranks in RANKS.items():
