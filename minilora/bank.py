@@ -167,7 +167,8 @@ class AdapterBank:
         need(not isinstance(names, str) and isinstance(names, Iterable), "names must be one per row", names)
         rows = [{} if name is None else self.entry(name).layers for name in names]
         need(rows, "names must be one per row", rows)
-        bases = {module: layer.base_layer for layers in rows for module, layer in layers.items()}
+        used = {id(layers): layers for layers in rows}.values()
+        bases = {module: layer.base_layer for layers in used for module, layer in layers.items()}
         with self.instead({}):
             self.place({module: RoutedLayer(module, base, [layers.get(module) for layers in rows])
                         for module, base in bases.items()})
@@ -223,8 +224,9 @@ class RoutedLayer(Wrapper):
     """A frozen layer whose input's row i goes through ``layers[i]``, or through the base alone where that is None.
 
     The A of all adapters stand under one another, (R + 1, in), as do the B^T, (R + 1, out), with each adapter's scaling
-    in them; the last row is zero. `index` (batch, r) says which r of them are row i's, r being the largest rank: lower
-    ranks, and None, are filled up with the zero row. So a mixed batch is two batched products, however many adapters.
+    in them; the last row of both is zero. `index` (batch, r) says which r of them are row i's, r being the largest rank:
+    lower ranks, and None, are filled up with the zero row. So a mixed batch is two batched products, however many
+    adapters there are.
     """
 
     def __init__(self, name: str, base_layer: nn.Module, layers: list[LoRALayer | None]):
@@ -233,20 +235,21 @@ class RoutedLayer(Wrapper):
         used = list(dict.fromkeys(layer for layer in layers if layer is not None))
         ranks = [layer.rank for layer in used]
         total, most = sum(ranks), max(ranks)
-        rows = {layer: [*range(end - layer.rank, end), *[total] * (most - layer.rank)]
-                for layer, end in zip(used, accumulate(ranks))}
+        places = [[*range(end - rank, end), *[total] * (most - rank)] for rank, end in zip(ranks, accumulate(ranks))]
+        scalings = [layer.scaling for layer in used for _ in range(layer.rank)] + [0]
+        numbers = {layer: i for i, layer in enumerate(used)} | {None: len(used)}
+        rows, device = [numbers[layer] for layer in layers], used[0].lora_A.device
+        self.index = torch.tensor([*places, [total] * most], device=device)[rows]  # (batch, r)
+        self.scale = None  # DoRA's c - 1 of each row of the batch, (batch, 1, out)
         with torch.no_grad():
-            A, B, one = [], [], torch.ones_like(used[0].lora_B[:, 0])  # one: (out,)
-            scales = {layer: layer.row_scale() if layer.use_dora else one for layer in used}  # (out,)
-            for layer in used:
-                A.append(layer.lora_A)
-                B.append(layer.lora_B.T * (layer.scaling * scales[layer]))
-            self.A = torch.cat((*A, torch.zeros_like(A[0][:1])))  # (R + 1, in)
-            self.B = torch.cat((*B, torch.zeros_like(B[0][:1])))  # (R + 1, out)
-            self.scale = None  # DoRA's c - 1 of each row, (batch, 1, out)
+            A, B = [layer.lora_A for layer in used], [layer.lora_B for layer in used]
             if any(layer.use_dora for layer in used):
-                self.scale = torch.stack([scales.get(layer, one) - 1 for layer in layers])[:, None]
-        self.index = torch.tensor([rows.get(layer, [total] * most) for layer in layers], device=self.A.device)
+                c = [layer.row_scale() if layer.use_dora else torch.ones_like(B[0][:, 0]) for layer in used]  # (out,)
+                B = [scale[:, None] * b for scale, b in zip(c, B)]
+                self.scale = torch.stack([*c, torch.ones_like(c[0])])[rows, None] - 1
+            self.A = torch.cat([*A, torch.zeros_like(A[0][:1])])  # (R + 1, in)
+            self.B = torch.cat([*B, B[0][:, :1]], 1) * torch.tensor(scalings, dtype=B[0].dtype, device=device)
+            self.B = self.B.T.contiguous()  # (R + 1, out)
 
     def forward(self, x: Tensor) -> Tensor:
         batch = len(self.index)

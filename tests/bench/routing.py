@@ -3,11 +3,11 @@ what a switch costs.
 
     python tests/bench/routing.py [--device cuda] [--dtype bfloat16] [--rounds 15]
 
-Two models: the notebooks' base (28 linears), and two transformer blocks of width 768. The adapters,
-on all linears, are the same files for both libraries; inference only. Every row runs once a round, in an order drawn
-anew; the figures are medians. "routed, with entry" builds the route and leaves it again around its one forward;
-"routed" is the forward inside, as in generation, where one route serves many. On one CPU thread the clock counts the
-process's own time. The control: every way of computing must give the same numbers.
+Two models: the notebooks' base (28 linears), and two transformer blocks of width 768. The adapters, on all
+linears, are the same files for both libraries; inference only. Every row runs once a round, in an order drawn anew; the
+figures are medians. "routed, with entry" builds the route and leaves it again around its one forward; "routed" is the
+forward inside, as in generation, where one route serves many. On one CPU thread the clock counts the process's own
+time. The control: both libraries must give the same numbers, and the mixed batch others than one adapter for all.
 """
 
 import argparse
@@ -55,6 +55,10 @@ def interleaved(rows: dict, rounds: int, clock) -> dict[str, float]:
     return {name: statistics.median(s) for name, s in seconds.items()}
 
 
+def near(a: Tensor, b: Tensor) -> bool:
+    return (a.float() - b.float()).norm() < {torch.float32: 1e-4}.get(a.dtype, 0.03) * b.float().norm()
+
+
 @torch.no_grad()
 def measure(base: nn.Module, targets: list[str], ranks: list[int], x: Tensor, rounds: int, clock) -> tuple[dict, dict]:
     """Median seconds of a forward by row, and of a switch of adapter by library."""
@@ -77,10 +81,9 @@ def measure(base: nn.Module, targets: list[str], ranks: list[int], x: Tensor, ro
     with inside.route(names):
         single.use(NAMES[2])
         theirs.set_adapter(NAMES[2])
-        alone = single.model(x)
-        assert torch.allclose(theirs(x).float(), alone.float(), rtol=0.05, atol=0.05)
-        assert torch.allclose(routed()[2::8].float(), alone[2::8].float(), rtol=0.05, atol=0.05)
-        assert torch.allclose(theirs(x, adapter_names=names).float(), routed().float(), rtol=0.05, atol=0.05)
+        alone, mixed = single.model(x), routed()
+        assert near(theirs(x), alone) and near(mixed[2::8], alone[2::8]) and not near(mixed, alone)
+        assert near(theirs(x, adapter_names=names), mixed)
         forward = interleaved({
             "base": lambda: base(x),
             "ours, one adapter": lambda: single.model(x),
