@@ -103,7 +103,12 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
         ValueError: no such folder, a file missing or damaged, or an adapter of a kind that is not supported.
     """
     folder = Path(folder)
-    config, path = read_config(folder), folder / WEIGHTS
+    return AdapterFile(folder, read_config(folder), *read_tensors(folder))
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of ``adapter_model.safetensors`` and the fingerprint beside them; a ValueError if it is damaged."""
+    path = folder / WEIGHTS
     if not path.is_file():
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
         hint = f"; {pickles[0]} may be a pickle, which can run code and is never opened: convert it" if pickles else ""
@@ -116,7 +121,7 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
     for key, t in tensors.items():
         if not t.is_floating_point() or not t.float().isfinite().all():
             raise ValueError(f"{key!r} in {path} holds {t.dtype} values that are not all finite floating-point numbers")
-    return AdapterFile(folder, config, tensors, metadata.get(FINGERPRINT))
+    return tensors, metadata.get(FINGERPRINT)
 
 
 def read_config(folder: Path) -> LoRAConfig:
@@ -125,13 +130,7 @@ def read_config(folder: Path) -> LoRAConfig:
     Raises:
         ValueError: missing, not JSON, not LoRA, or asking for what is not supported here.
     """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{folder} is no adapter folder: it holds no {CONFIG}")
-    try:
-        values = dict(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError, RecursionError) as e:
-        raise ValueError(f"{path} does not hold a JSON object: {e!r}") from None
+    path, values = folder / CONFIG, read_settings(folder)
     if (kind := values.get("peft_type", "LORA")) != "LORA":
         raise ValueError(f"{path} is of peft_type {kind!r}; only 'LORA' can be loaded")
     for setting in UNSUPPORTED:
@@ -148,6 +147,17 @@ def read_config(folder: Path) -> LoRAConfig:
         return LoRAConfig(**{"alpha": 8, "target_modules": ()} | found)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
+
+
+def read_settings(folder: Path) -> dict:
+    """``adapter_config.json`` as it stands; a ValueError if it is missing or holds no JSON object."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} is no adapter folder: it holds no {CONFIG}")
+    try:
+        return dict(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError, RecursionError) as e:
+        raise ValueError(f"{path} does not hold a JSON object: {e!r}") from None
 
 
 def check_fits(adapter: AdapterFile, model: nn.Module) -> None:
