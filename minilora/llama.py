@@ -266,10 +266,11 @@ class Decoder(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """Token ids (B, T), or their embeddings (B, T, C), to the last hidden states (B, T, C)."""
         start, t = (cache.length if cache else 0), ids.shape[1]
         if start + t > len(self.cos):
             raise ValueError(f"{start + t} tokens are more than the context of {len(self.cos)}")
-        x = self.embed_tokens(ids)  # (B, T, C)
+        x = ids if ids.is_floating_point() else self.embed_tokens(ids)  # (B, T, C)
         cos, sin = (table[start:start + t].to(x.dtype) for table in (self.cos, self.sin))  # (T, D)
         # several tokens after a cached prefix: token i sees the prefix and itself; else is_causal says it all
         mask = None
