@@ -27,9 +27,9 @@ FP8 = torch.float8_e4m3fn
 def nf4_levels() -> tuple[float, ...]:
     """The 16 levels of the 4-bit NormalFloat, rising from -1 to 1 (section 3 and appendix E).
 
-    They are quantiles of the standard normal distribution, so that normal weights use each about equally often: 8 evenly
-    spaced probabilities for the positive half, 7 for the negative, and zero itself, which must be exact. The outermost
-    probability keeps away from 1, where the quantile is infinite; the largest quantile is then scaled to 1.
+    They are quantiles of the standard normal distribution, so that normal weights use each about equally often: of 8
+    evenly spaced probabilities for the positive half, of 7 for the negative, and zero itself, which must be exact. The
+    outermost probability keeps away from 1, where the quantile is infinite; its quantile is then scaled to 1.
     """
     outermost = 1 - (1 / 32 + 1 / 30) / 2  # half a step within the range, averaged over 16 and 15 steps
 
@@ -79,7 +79,7 @@ class QuantisedTensor:
 
 @torch.no_grad()
 def quantise(weight: Tensor, kind: str = "nf4", double: bool = True) -> QuantisedTensor:
-    """Store `weight`, of any shape and floating-point dtype, in 4 bits (section 3, eq. 1 and 6).
+    """Store `weight`, of any shape and floating-point dtype, in 4 bits (sections 2 and 3).
 
     A size that 64 does not divide is padded with zeros, at up to 32 bytes more. Each code is the nearest to the weight
     over the absmax as it will be read back, so that most of the error of double quantisation is taken out again.
