@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from .config import ALL_LINEAR, LoRAConfig, entry_matches, pattern_matches
-from .layers import LoRALayer, adapter_options, kind_of, shape_of
+from .layers import LoRALayer, adapter_options, kind_of, quantised, shape_of
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,19 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if trainable := sum(p.numel() for p in own if p.requires_grad):
-            inside = module.parameters() if isinstance(module, LoRALayer) else own
-            rows.append((plain_name(name) or "(model)", trainable, sum(p.numel() for p in inside)))
+            inside = sum(p.numel() for p in own)
+            if isinstance(module, LoRALayer):
+                inside = sum(p.numel() for p in module.parameters()) + weights_in_codes(module)
+            rows.append((plain_name(name) or "(model)", trainable, inside))
     every = list(model.parameters())  # a tied weight counts once
-    return Report(tuple(rows), sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every))
+    total = sum(p.numel() for p in every) + weights_in_codes(model)
+    return Report(tuple(rows), sum(p.numel() for p in every if p.requires_grad), total)
+
+
+def weights_in_codes(model: nn.Module) -> int:
+    """How many weights quantised linears hold: no parameters, but weights all the same."""
+    return sum(m.in_features * m.out_features for m in model.modules()
+               if not isinstance(m, LoRALayer) and quantised(m))
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
