@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import ALL_LINEAR, LoRAConfig, entry_matches, pattern_matches
 from .layers import LoRALayer, adapter_options, kind_of, quantised, shape_of
+from .tables import table
 
 
 @dataclass(frozen=True)
@@ -302,12 +303,3 @@ def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
 def plain_name(name: str) -> str:
     """A parameter's or module's name as it was before `inject`."""
     return re.sub(r"(^|\.)base_layer(\.|$)", lambda m: m[1] and m[2], name)
-
-
-def table(head: tuple, rows: list[tuple]) -> str:
-    """Rows under a head, columns aligned: numbers to the right, words to the left."""
-    cells = [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in (head, *rows)]
-    right = [rows and isinstance(rows[0][i], int) for i in range(len(head))]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = ("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)) for row in cells)
-    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,93 @@
+"""Graphics cards, and the three sizes each has: the one on the box, the one the driver reports, the one a run may use.
+
+They differ by up to a tenth, which decides many a close case, so they are kept apart.
+"""
+
+import json
+from dataclasses import dataclass
+
+from ..tables import bytes_text, table
+from .models import near
+
+GIB, MIB = 2**30, 2**20
+# what CUDA takes for itself before the first tensor: kernels, streams, libraries (0.15 to 1.4 GB, by card and version)
+CONTEXT = (150_000_000, 1_400_000_000)
+# the least share of the nominal size that a driver reports: error correction takes a sixteenth (T4 and L4 show 0.937)
+LEAST_REPORTED = 0.93
+PCIE = {3: 15.75e9, 4: 31.5e9, 5: 63e9}  # bytes a second each way over 16 lanes
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card's memory in bytes.
+
+    Attributes:
+        nominal: the size in its name. reported: the driver's total, None where we know of none.
+        bus: what its connection to the host carries, bytes a second each way, at best.
+    """
+
+    name: str
+    nominal: int
+    reported: int | None
+    bus: float
+
+    @property
+    def usable(self) -> tuple[int, int]:
+        """The least and the most that tensors may take: what the driver reports, less CUDA's own.
+
+        Where the driver's figure is unknown it lies between `LEAST_REPORTED` of the nominal size and all of it.
+        """
+        low, high = self.reported or int(self.nominal * LEAST_REPORTED), self.reported or self.nominal
+        return low - CONTEXT[1], high - CONTEXT[0]
+
+    @classmethod
+    def of(cls, name: str) -> "Card":
+        """A card by its name; a ValueError with near names if there is none."""
+        if name not in CARDS:
+            raise ValueError(f"no card {name!r}; " + near(name, CARDS))
+        return CARDS[name]
+
+    def to_dict(self) -> dict:
+        low, high = self.usable
+        return {"nominal": self.nominal, "reported": self.reported, "usable_low": low, "usable_high": high,
+                "bus": self.bus}
+
+
+def card(name: str, nominal_gib: int, reported_mib: int | None, generation: int) -> Card:
+    return Card(name, nominal_gib * GIB, reported_mib and reported_mib * MIB, PCIE[generation])
+
+
+CARDS = {c.name: c for c in (
+    card("rtx-3060", 12, None, 4),
+    card("t4", 16, 15360, 3),
+    card("v100-16", 16, None, 3),
+    card("rtx-4080", 16, None, 4),
+    card("rtx-5080", 16, None, 5),
+    card("l4", 24, 23034, 4),
+    card("a10", 24, 23028, 4),
+    card("rtx-3090", 24, None, 4),
+    card("rtx-4090", 24, 24564, 4),
+    card("v100-32", 32, None, 3),
+    card("rtx-5090", 32, 32607, 5),
+    card("a100-40", 40, 40960, 4),
+    card("l40s", 48, 46068, 4),
+    card("rtx-a6000", 48, None, 4),
+    card("a100-80", 80, 81920, 4),
+    card("h100", 80, 81559, 5),
+    card("h200", 141, 143771, 5),
+    card("b200", 192, None, 5),
+    card("mi300x", 192, None, 5),
+)}
+
+
+def cards_command(parser, arguments: list[str]) -> None:
+    parser.add_argument("--json", action="store_true", help="for programs")
+    options = parser.parse_args(arguments)
+    if options.json:
+        print(json.dumps({name: c.to_dict() for name, c in CARDS.items()}, indent=2))
+        return
+    rows = [(c.name, bytes_text(c.nominal), bytes_text(c.reported) if c.reported else "unknown",
+             f"{bytes_text(c.usable[0])} to {bytes_text(c.usable[1])}", f"{c.bus / 1e9:.1f} GB/s")
+            for c in CARDS.values()]
+    print(table(("card", "nominal", "driver reports", "usable", "bus"), rows))
+    print("usable: what the driver reports (93% to 100% of nominal where unknown) less 0.15 to 1.4 GB for CUDA")
