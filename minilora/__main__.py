@@ -10,6 +10,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("dissect", "what is inside an adapter: rank, norm, spectrum of every module"),
     "truncate": ("dissect", "write an adapter again at a smaller rank, as near as that rank allows"),
     "extract": ("dissect", "write the adapter nearest to the difference of two checkpoints"),
+    "memory": ("memory.account", "what a training step of a model needs, to the byte, and when"),
     "models": ("memory.models", "the models whose shapes are known"),
     "cards": ("memory.cards", "the cards, and how much of each a run may use"),
 }
