@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass, fields
 
 from ..config import ALL_LINEAR
 from ..tables import bytes_text, table
-from .blocks import OPTIMIZERS, play
 from .models import ModelSpec, near
+from .play import OPTIMIZERS, play
 from .tape import WIDTH, Tape
 
 METHODS = ("full", "lora")
+IMPLEMENTATIONS = ("minilora", "transformers")
+ATTENTION = ("fused", "eager")
 PARTS = ("frozen weights", "trainable weights", "adapters", "optimizer", "gradients", "activations",
          "recomputed activations", "temporaries", "buffers", "inputs")
 
@@ -32,6 +34,9 @@ class Training:
         optimizer: "adamw", "sgd", "momentum", "adafactor", "lion", "adamw8bit".
         dtype: of the weights ("bfloat16", "float16", "float32"). Our adapters are fp32 whatever the base is.
         autocast: run the forward under 16-bit autocast (mixed precision: with fp32 weights).
+        implementation: "minilora" (our decoder, or where we have none transformers' with our adapters), or
+            "transformers" (with PEFT's adapters).
+        attention: "fused", or "eager" with transformers: all scores in memory. Gemma-2 and BLOOM have only that.
         checkpointing: recompute each layer in backward instead of keeping its activations.
 
     Raises:
@@ -48,12 +53,15 @@ class Training:
     autocast: bool = False
     checkpointing: bool = False
     dropout: float = 0.0
+    implementation: str = "minilora"
+    attention: str = "fused"
 
     def __post_init__(self):
         if isinstance(self.target_modules, Iterable) and not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for what, value, known in (("method", self.method, METHODS), ("optimizer", self.optimizer, OPTIMIZERS),
-                                   ("dtype", self.dtype, WIDTH)):
+                                   ("dtype", self.dtype, WIDTH), ("attention", self.attention, ATTENTION),
+                                   ("implementation", self.implementation, IMPLEMENTATIONS)):
             if value not in known:
                 raise ValueError(f"no {what} {value!r}; {near(str(value), known)}")
         for what in ("rank", "batch", "seq"):

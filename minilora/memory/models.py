@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from ..config import ALL_LINEAR, LoRAConfig
+from ..config import ALL_LINEAR, LoRAConfig, is_number
 from ..tables import table
 
 
@@ -32,6 +32,7 @@ class Family:
     embedding_norm: bool = False
     tied: bool = False  # unless config.json says otherwise
     activation: str = "silu"
+    dropout: float = 0.0  # of what goes into the residual stream, unless config.json says otherwise
 
 
 LLAMA = Family("model.layers.", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj",
@@ -40,13 +41,13 @@ FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": replace(LLAMA, qkv_bias=True),
-    "gemma2": replace(LLAMA, norms=4, tied=True, activation="gelu_tanh"),
+    "gemma2": replace(LLAMA, norms=4, tied=True, activation="gelu_pytorch_tanh"),
     "phi3": replace(LLAMA, qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",), targets=("qkv_proj",)),
     "gpt2": Family("transformer.h.", ("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj", ("c_attn",),
-                   biased=True, tied=True, activation="gelu_new"),
+                   biased=True, tied=True, activation="gelu_new", dropout=0.1),
     "opt": Family("model.decoder.layers.", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                   "self_attn.out_proj", ("fc1",), "fc2", ("q_proj", "v_proj"), biased=True, tied=True,
-                  activation="relu"),
+                  activation="relu", dropout=0.1),
     "bloom": Family("transformer.h.", ("self_attention.query_key_value",), "self_attention.dense",
                     ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", ("query_key_value",), biased=True, tied=True,
                     embedding_norm=True, activation="gelu_bloom"),
@@ -59,6 +60,9 @@ NAMES = {
     "opt": {"intermediate_size": "ffn_dim"},
     "bloom": {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "max_position_embeddings": "seq_length"},
 }
+ACTIVATION_FIELD = {"gpt2": "activation_function", "opt": "activation_function", "gemma2": "hidden_activation",
+                    "bloom": "activation"}
+ACTIVATIONS = ("silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_bloom")
 OLD_NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "hidden_size": "n_embed",
              "n_positions": "n_ctx"}
 
@@ -87,6 +91,7 @@ class ModelSpec:
         context: the longest sequence; 0 where nothing bounds it (ALiBi without a stated length).
         tied: the output head is the token embedding.
         positions: rows of a learned position table, 0 without one.
+        activation: as config.json calls it. dropout, attention_dropout: of the residual stream and of attention's weights.
         embedding: width of the token embedding; hidden, but in OPT-350M.
         last_norm: whether a norm stands before the head (all but OPT-350M).
     """
@@ -107,6 +112,8 @@ class ModelSpec:
     out_bias: bool = False
     mlp_bias: bool = False
     activation: str = "silu"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
     embedding: int = 0
     last_norm: bool = True
 
@@ -222,6 +229,18 @@ class ModelSpec:
                 raise ValueError(f"{name}: {field} must be true or false, got {value!r}")
             return default if value is None else bool(value)
 
+        def word(field: str, default: str, known: tuple[str, ...]) -> str:
+            value = config.get(field) or default
+            if value not in known:
+                raise ValueError(f"{name}: {field} {value!r} is not known; {near(str(value), known)}")
+            return value
+
+        def share(field: str, default: float) -> float:
+            value = default if config.get(field) is None else config[field]
+            if not is_number(value) or not 0 <= value < 1:
+                raise ValueError(f"{name}: {field} must be in [0, 1), got {value!r}")
+            return float(value)
+
         hidden, heads = size("hidden_size"), size("num_attention_heads")
         kv_heads = size("num_key_value_heads", heads) if f.rms else heads
         if "head_dim" not in config and hidden % heads:
@@ -241,7 +260,11 @@ class ModelSpec:
             positions={"gpt2": context, "opt": context + 2}.get(kind, 0),  # OPT counts from row 2
             qkv_bias=attention_bias or f.qkv_bias, out_bias=attention_bias,
             mlp_bias=flag("mlp_bias", False) if kind == "llama" else attention_bias and f.biased,
-            activation=config.get("activation_function", f.activation) if kind in ("gpt2", "opt") else f.activation,
+            activation=word(ACTIVATION_FIELD.get(kind, "hidden_act"), f.activation, ACTIVATIONS),
+            dropout=share({"gpt2": "resid_pdrop", "phi3": "resid_pdrop", "opt": "dropout"}.get(kind, "hidden_dropout"),
+                          f.dropout),
+            attention_dropout=share("attn_pdrop" if kind == "gpt2" else "attention_dropout",
+                                    0.1 if kind == "gpt2" else 0.0),
             embedding=size("word_embed_proj_dim", hidden) if kind == "opt" else hidden,
             last_norm=flag("do_layer_norm_before", True) and not flag("_remove_final_layer_norm", False)
             if kind == "opt" else True)
@@ -289,7 +312,8 @@ def gpt(name: str, layers: int, hidden: int, heads: int, vocab: int, context: in
         offset: int = 0, activation: str = "") -> ModelSpec:
     positions = context + offset if family != "bloom" else 0
     return ModelSpec(name, family, layers, hidden, heads, heads, hidden // heads, 4 * hidden, vocab, context, True,
-                     positions, True, True, True, activation or FAMILIES[family].activation)
+                     positions, True, True, True, activation or FAMILIES[family].activation, FAMILIES[family].dropout,
+                     0.1 if family == "gpt2" else 0.0)
 
 
 PRESETS = {spec.name: spec for spec in (

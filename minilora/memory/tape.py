@@ -9,6 +9,7 @@ In the shape comments a tensor is (count, width): how many elements, and bytes o
 """
 
 import heapq
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,11 @@ class Kept:
         frame.count += 1
 
 
+def held_elsewhere(t: Tensor) -> bool:
+    """Whether anyone but the buffer it lies in holds this tensor's storage (one reference more each is this call's)."""
+    return sys.getrefcount(t) > 3 or sys.getrefcount(t.storage) > 2
+
+
 class Enough(Exception):
     """Ends the run again of a block: all that backward needs is there (torch's early stop)."""
 
@@ -88,13 +94,16 @@ class Tape:
 
     Attributes:
         items: every storage there was. moments: one (phase, layer, what) per operator that allocated.
-        leaves: what trains, with its number of rows. align: storages are rounded up to a multiple of it, as CUDA's allocator does.
+        leaves: what trains, with its number of rows.
+        align: storages are rounded up to a multiple of it, as CUDA's allocator does.
+        watched: torch adds out of place what it otherwise adds in place (gradients that meet, attention's mask) while a
+            dispatch mode looks on, as the trace's does.
     """
 
-    def __init__(self, align: int = 512, autocast: bool = False):
+    def __init__(self, align: int = 512, autocast: bool = False, watched: bool = False):
         self.items: list[Item] = []
         self.moments: list[tuple[str, int | None, str]] = [("start", None, "")]
-        self.align, self.autocast = align, autocast
+        self.align, self.autocast, self.watched = align, autocast, watched
         self.place: tuple[str, int | None] = ("start", None)  # phase and layer
         self.module, self.part, self.order = "", "temporaries", 0
         self.recording = True  # inside a no_grad, or an operator's own code, nothing is recorded
@@ -121,10 +130,18 @@ class Tape:
         t = self.new(count, width, name, also=True, part=part)
         self.module = module
         if trains:
-            t.node = Node(float("inf"), ("", None), name, [], None)
-            t.node.leaf = t
+            self.require_grad(t)
+            t.node.name = name
             self.leaves.append((t, rows))
         return t
+
+    def weight(self, count: int, width: int, name: str, trains: bool, rows: int = 0) -> Tensor:
+        return self.state(count, width, "trainable weights" if trains else "frozen weights", name, trains, rows)
+
+    def require_grad(self, t: Tensor) -> None:
+        """Make t a leaf that asks for a gradient."""
+        t.node = Node(float("inf"), ("", None), "input of the first layer", [], None)
+        t.node.leaf = t
 
     # The graph
 
@@ -205,8 +222,10 @@ class Tape:
                 (child, slot), grad, outs[i] = edge[0], outs[i], None
                 if grad is not None:
                     here = buffers.setdefault(child, {})
-                    # out of place, as under a dispatch mode: two gradients and their sum are there at once
-                    here[slot] = self.new(grad.count, grad.width, "sum of gradients") if slot in here else grad
+                    if slot not in here:
+                        here[slot] = grad
+                    elif self.watched or held_elsewhere(here[slot]):
+                        here[slot] = self.new(grad.count, grad.width, "sum of gradients")
                     grad = here = None
                 waiting[child] -= 1
                 if not waiting[child]:
@@ -250,6 +269,9 @@ class Tape:
         node = self.node("cast", [x], [], lambda s, g, n: [self.new(x_count, x_width, "cast gradient")])
         x_count, x_width = x.count, x.width
         return self.new(x.count, width, "cast", node=node)
+
+    def amp_width(self, x: Tensor) -> int:
+        return 2 if self.autocast else x.width
 
     def amp(self, x: Tensor | None) -> Tensor | None:
         """Autocast's cast down before a matrix product; of trainable weights it is made once a step."""
@@ -302,11 +324,17 @@ class Tape:
         node = self.node("cat", [a, b], [], back)
         return self.new(left + right, a.width, "cat", node=node)
 
-    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of x's two halves; backward puts their gradients together."""
+    def split(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
+        """Views of x's parts; backward puts their gradients together."""
         count, width = x.count, x.width
-        node = self.node("halves", [x], [], lambda s, g, n: [self.new(count, width, "gradient")])
-        return tuple(Tensor(count // 2, width, x.storage, node, i) for i in (0, 1))
+        node = self.node("split", [x], [], lambda s, g, n: [self.new(count, width, "gradient")])
+        return [Tensor(size, width, x.storage, node, i) for i, size in enumerate(sizes)]
+
+    def slice(self, x: Tensor, size: int) -> Tensor:
+        """A view of a part of x; backward makes a gradient of x's size."""
+        count, width = x.count, x.width
+        node = self.node("slice", [x], [], lambda s, g, n: [self.new(count, width, "gradient of a slice")])
+        return Tensor(size, width, x.storage, node)
 
     def copy(self, x: Tensor, back: bool = False) -> Tensor:
         """x laid out anew; with `back` its gradient too."""
@@ -319,11 +347,11 @@ class Tape:
             self.new(count, width, "gradient, laid out") if copy_back else g[0]])
         return Tensor(x.count, x.width, x.storage, node)
 
-    def linear(self, x: Tensor, w: Tensor, out: int, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, w: Tensor, out: int, bias: Tensor | None = None, what: str = "output") -> Tensor:
         """x (N in, .) -> (N out, .) by w (out in, .)."""
         inp = w.count // out
         rows = x.count // inp
-        w, bias, x = self.amp(w), self.amp(bias), self.amp(x)
+        bias, w, x = self.amp(bias), self.amp(w), self.amp(x)
         width = x.width
 
         def back(saved, grads, needs):
@@ -333,7 +361,55 @@ class Tape:
             return [dx, dw, db]
 
         node = self.node("linear", [x, w, bias], [w if x.needs else None, x if w.needs else None], back)
-        return self.new(rows * out, width, "output", node=node)
+        return self.new(rows * out, width, what, node=node)
+
+    def bmm(self, a: Tensor, b: Tensor, count: int, what: str) -> Tensor:
+        """Batched matrix product; keeps both."""
+        a, b = self.amp(a), self.amp(b)
+        sizes = [(t.count, t.width) for t in (a, b)]
+        node = self.node(what, [a, b], [a if b.needs else None, b if a.needs else None], lambda s, g, n: [
+            self.new(*size, "gradient") if need else None for size, need in zip(sizes[::-1], n[::-1])][::-1])
+        return self.new(count, a.width, what, node=node)
+
+    def dropout(self, x: Tensor, share: float) -> Tensor:
+        """Keeps a mask of one byte an element."""
+        if not share:
+            return x
+        count, width = x.count, x.width
+        node = self.node("dropout", [x], [], lambda s, g, n: [self.new(count, width, "gradient")], late=True)
+        y, mask = self.new(count, width, "after dropout", node=node), self.new(count, 1, "dropout mask", also=True)
+        self.keep(node, [mask])
+        return y
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Keeps x, and mean and 1 / std of every row in fp32, frozen or not. Autocast takes it in fp32."""
+        if self.autocast:
+            x, weight, bias = self.cast(x, 4), self.cast(weight, 4), self.cast(bias, 4)
+        count, width, size = x.count, x.width, weight.count
+
+        def back(saved, grads, needs):
+            return [self.new(n, width, "gradient", also=i > 0) if need else None
+                    for i, (n, need) in enumerate(zip((count, size, size), needs))]
+
+        node = self.node("norm", [x, weight, bias], [x, weight, bias], back)
+        y = self.new(count, width, "output", node=node)
+        stats = [self.new(count // size, 4, name, also=True) for name in ("mean", "1 / std")]
+        self.keep(node, stats)
+        return y
+
+    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """One kernel; keeps x, the weight, and 1 / rms of every row in fp32."""
+        count, width, size = x.count, x.width, weight.count
+
+        def back(saved, grads, needs):
+            dx = self.new(count, width, "input gradient") if needs[0] else None
+            return [dx, self.new(size, width, "weight gradient") if needs[1] else None]
+
+        node = self.node("norm", [x, weight], [], back, late=True)
+        rms = self.new(count // size, 4, "1 / rms")
+        y = self.new(count, width, "output", node=node)
+        self.keep(node, [x, weight, rms])
+        return y
 
     def embedding(self, ids: Tensor, table: Tensor, width: int) -> Tensor:
         """ids (N, 8) -> (N width, .)"""
@@ -341,8 +417,8 @@ class Tape:
         node = self.node("embedding", [table], [ids], lambda s, g, n: [self.new(count, size, "weight gradient")])
         return self.new(ids.count * width, size, "output", node=node)
 
-    def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, stats: int) -> Tensor:
-        """Fused attention; keeps q, k, v, the result, the log-sum-exp of every row (`stats` of them, fp32), a seed."""
+    def fused_attention(self, q: Tensor, k: Tensor, v: Tensor, stats: int) -> Tensor:
+        """One kernel; keeps q, k, v, the result, the log-sum-exp of every row (`stats` of them, fp32), a seed."""
         v, k, q = self.amp(v), self.amp(k), self.amp(q)
         sizes = [(t.count, t.width) for t in (q, k, v)]
 
@@ -351,10 +427,29 @@ class Tape:
 
         node = self.node("attention", [q, k, v], [q, k, v], back)
         out = self.new(q.count, q.width, "output", node=node)
-        rest = [self.new(stats, 4, "log-sum-exp", also=True), self.new(2, 8, "seed", also=True),
-                self.new(1, 8, "seed", also=True)]
+        rest = [self.new(*size, also=True) for size in ((stats, 4, "log-sum-exp"), (2, 8, "seed"), (1, 8, "seed"))]
         self.keep(node, [out, *rest])
         return out
+
+    def plain_attention(self, q: Tensor, k: Tensor, v: Tensor, batch: int, seq: int, heads: int, width: int) -> Tensor:
+        """torch's fallback, with all scores in memory: for grouped heads in fp32, where CUDA has no fused kernel."""
+        out, scores = q.count, batch * heads * seq * seq
+        q = self.unary(q, "scaled q")
+        if seq > 1:
+            ones = self.new(seq * seq, 1, "ones")
+            lower = self.new(seq * seq, 1, "causal mask")
+            del ones
+            numbers = [self.new(1, width, "0 and -inf") for _ in range(2)]
+            mask = self.new(seq * seq, width, "causal mask")
+            del lower, numbers
+        k, v = (self.unary(t, "repeated", count=out) for t in (k, v))
+        scaled = self.unary(k, "scaled k")
+        w = self.bmm(self.copy(q), scaled, scores, "scores")
+        del scaled
+        if seq > 1 and self.watched:
+            w = self.unary(w, "masked scores", backward=())
+        w = self.unary(w, "softmax", "output")
+        return self.bmm(w, v, out, "output")
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss: log-softmax (kept), then the mean of the targets' entries."""

@@ -1,0 +1,272 @@
+"""The decoders of Hugging Face transformers, line by line on the tape, and PEFT's LoRA layer.
+
+Sources: transformers 5, ``models/*/modeling_*.py`` and ``loss/loss_utils.py``; peft 0.21, ``tuners/lora/layer.py``.
+Left out: position numbers and rotary frequencies, a few bytes a token.
+"""
+
+from .blocks import Decoder, Matrix
+from .models import ModelSpec
+from .tape import Tape, Tensor
+
+
+class PeftMatrix(Matrix):
+    """`peft.tuners.lora.Linear`: x is copied to the adapter's fp32, and the sum is made in fp32 and cast back."""
+
+    def adapted(self, x: Tensor) -> Tensor:
+        tape, rank, out = self.tape, self.run.rank, self.linear.out
+        result = self.base(x)
+        width = result.width
+        x = tape.cast(x, self.A.width)
+        inner = tape.linear(tape.dropout(x, self.run.dropout), self.A, rank, what="x A^T")
+        update = tape.linear(inner, self.B, out, what="x A^T B^T")
+        del inner
+        update = tape.unary(update, "scaled update")
+        result = tape.add(result, update, "sum with the update")
+        del update
+        return tape.cast(result, width)
+
+
+class Transformers(Decoder):
+    """``AutoModelForCausalLM`` of the model's family."""
+
+    adapter = PeftMatrix
+
+    def __init__(self, tape: Tape, spec: ModelSpec, run, layers: int):
+        super().__init__(tape, spec, run, layers)
+        if spec.layout.rms:
+            self.frequencies = [tape.state(spec.head_dim // 2, 4, "buffers", "rotary frequencies") for _ in range(2)]
+
+    def loss(self) -> Tensor:
+        tape, spec, run = self.tape, self.spec, self.run
+        y = self.decode()  # held by the model's output until the loss is there
+        with tape.inside("lm_head"):
+            logits = tape.linear(self.project(y, out=True), self.head, spec.vocab)  # N V
+            if spec.family == "gemma2":
+                logits = self.softcap(logits)
+        with tape.inside("loss"):
+            wide = tape.cast(logits, 4)
+            padded = tape.new(run.batch * (run.seq + 1), 8, "padded labels")
+            return tape.cross_entropy(wide, tape.new(run.batch * run.seq, 8, "shifted labels"))
+
+    def softcap(self, x: Tensor) -> Tensor:
+        """cap * tanh(x / cap)"""
+        tape = self.tape
+        x = tape.unary(x, "divided by the cap")
+        x = tape.unary(x, "tanh", "output")
+        return tape.unary(x, "times the cap")
+
+    def embed(self) -> list[Tensor]:
+        """The layers' input, and what the model's forward holds beside it."""
+        tape, spec, run = self.tape, self.spec, self.run
+        with tape.inside("embed_tokens"):
+            x = tape.embedding(self.ids, self.embedding, spec.embedding)  # N C
+            if run.checkpointing and run.method != "full":
+                tape.require_grad(x)  # `enable_input_require_grads`, which PEFT asks for
+            if spec.family == "gemma2":
+                x = tape.unary(x, "times sqrt(C)")
+            if spec.embedding != spec.hidden:
+                x = self.project(x)
+        held = [x]
+        if spec.family != "bloom":
+            held.append(tape.new((run.batch if spec.family == "opt" else 1) * run.seq, 8, "position numbers"))
+        if spec.positions:
+            with tape.inside("positions"):
+                held.append(tape.embedding(held[1], self.positions, spec.hidden))
+                x = tape.add(x, held[2])
+                if spec.family == "gpt2":
+                    x = tape.dropout(x, spec.dropout)
+        if spec.layout.embedding_norm:
+            x = self.norm(x, self.embedding_norm)
+        return [x, *held]
+
+    def project(self, x: Tensor, out: bool = False) -> Tensor:
+        """OPT-350M's way between the widths of its embedding and of its layers."""
+        if self.spec.embedding == self.spec.hidden:
+            return x
+        weight, width = self.projections[out], self.spec.embedding if out else self.spec.hidden
+        return self.tape.linear(x, weight, width, what="projection")
+
+    def tables(self, x: Tensor) -> list[Tensor]:
+        """Cosine and sine of this sequence, (T, D) each, or ALiBi's slopes and the causal mask."""
+        tape, spec, run = self.tape, self.spec, self.run
+        tables = []
+        with tape.inside("positions"):
+            if spec.layout.rms:
+                tables = [tape.new(run.seq * spec.head_dim, x.width, "rotary table", part="activations") for _ in "cs"]
+            elif spec.family == "bloom":
+                tables = [tape.new(run.batch * spec.heads * run.seq, x.width, "ALiBi", part="activations")]
+            if self.eager:
+                tables.append(tape.new(run.seq * run.seq * (1 if spec.family != "bloom" else 1), x.width, "causal mask",
+                                       part="activations"))
+        return tables
+
+    @property
+    def eager(self) -> bool:
+        return self.run.attention == "eager" or self.spec.family in ("gemma2", "bloom")
+
+    def block(self, x: Tensor, layer: tuple, tables: list[Tensor]) -> Tensor:
+        return getattr(self, f"{'bloom' if self.spec.family == 'bloom' else 'usual'}_block")(x, layer, tables)
+
+    def usual_block(self, x: Tensor, layer: tuple, tables: list[Tensor]) -> Tensor:
+        tape, spec = self.tape, self.spec
+        m, norms = layer
+        before = spec.last_norm or spec.family != "opt"  # OPT-350M's norms stand after the sums
+        residual = x
+        h = self.norm(x, norms[0]) if before else x
+        h = self.attention(h, m, tables)
+        if spec.layout.norms == 4:
+            h = self.norm(h, norms[1])
+        h = tape.dropout(h, spec.dropout)
+        h = tape.add(residual, h, "residual sum")
+        if not before:
+            h = self.norm(h, norms[0])
+        residual = h
+        h = self.norm(h, norms[-2 if spec.layout.norms == 4 else -1]) if before else h
+        h = self.mlp(h, m)
+        if spec.layout.norms == 4:
+            h = self.norm(h, norms[-1])
+        h = tape.dropout(h, spec.dropout)
+        h = tape.add(residual, h, "residual sum")
+        return h if before else self.norm(h, norms[-1])
+
+    def bloom_block(self, x: Tensor, layer: tuple, tables: list[Tensor]) -> Tensor:
+        tape, spec = self.tape, self.spec
+        m, norms = layer
+        normed = self.norm(x, norms[0])
+        h = tape.add(x, tape.dropout(self.attention(normed, m, tables), spec.dropout), "residual sum")
+        normed = self.norm(h, norms[1])
+        return tape.add(h, tape.dropout(self.mlp(normed, m), spec.dropout), "residual sum")
+
+    def norm(self, x: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
+        tape = self.tape
+        with tape.inside("norm"):
+            if len(weight) == 2:
+                return tape.layer_norm(x, *weight)
+            wide = tape.cast(x, 4)
+            mean = self.mean_square(wide)
+            if self.spec.family == "gemma2":
+                wide = tape.mul(wide, self.inverse_root(mean))
+                shifted = tape.unary(tape.cast(weight[0], 4), "1 + weight", backward=())
+                return tape.cast(tape.mul(wide, shifted), x.width)
+            wide = tape.mul(wide, self.inverse_root(mean))
+            return tape.mul(weight[0], tape.cast(wide, x.width), "output")
+
+    # Attention
+
+    def attention(self, x: Tensor, m: dict, tables: list[Tensor]) -> Tensor:
+        tape, spec, f = self.tape, self.spec, self.spec.layout
+        if len(f.qkv) == 1:
+            q, k, v = self.split(m[f.qkv[0]](x))
+        else:
+            q = m[f.qkv[0]](x)
+            if spec.family == "opt":
+                q = tape.unary(q, "scaled q")
+            q = tape.view(q, copy_back=f.rms)
+            k, v = (tape.view(m[name](x), copy_back=f.rms and name == f.qkv[1]) for name in f.qkv[1:])
+        with tape.inside("attention"):
+            if f.rms:
+                q, k = self.rotate(q, *tables[:2]), self.rotate(k, *tables[:2])
+            y = self.eager_attention(q, k, v, tables) if self.eager else self.fused_attention(q, k, v)
+        return m[f.out](tape.view(y))
+
+    def split(self, qkv: Tensor) -> list[Tensor]:
+        spec = self.spec
+        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        sizes = [n * (qkv.count // (q + 2 * kv)) for n in (q, kv, kv)]
+        if spec.family == "gpt2":
+            return [self.tape.view(t) for t in self.tape.split(qkv, sizes)]
+        return [self.tape.view(self.tape.slice(qkv, n)) for n in sizes]
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        tape, half = self.tape, x.count // 2
+
+        def turned(x: Tensor) -> Tensor:
+            left, right = tape.slice(x, half), tape.slice(x, half)
+            return tape.cat(tape.unary(right, "negated half"), left)
+
+        y = tape.add(tape.mul(x, cos), tape.mul(turned(x), sin))
+        return tape.unary(y, "cat with what is not turned", backward=()) if self.spec.family == "phi3" else y
+
+    def eager_attention(self, q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor]) -> Tensor:
+        """With all scores in memory, their softmax in fp32."""
+        tape, spec, run = self.tape, self.spec, self.run
+        scores, width, bloom = run.batch * spec.heads * run.seq**2, q.width, spec.family == "bloom"
+        if spec.heads != spec.kv_heads:
+            k, v = (tape.unary(t, "repeated", count=q.count) for t in (k, v))
+            w = tape.bmm(tape.copy(q), k, scores, "scores")
+        else:
+            q, k = tape.copy(q), tape.copy(k)
+            v = tape.copy(v) if bloom else v
+            w = tape.bmm(q, k, scores, "scores")
+        if not bloom:
+            w = tape.unary(w, "scaled scores")
+        if spec.family == "gemma2":
+            w = self.softcap(w)
+        w = tape.add(w, tables[-1], "masked scores")
+        w = tape.cast(self.softmax(w), width)
+        w = tape.dropout(w, spec.attention_dropout)
+        y = tape.bmm(w, v if spec.heads != spec.kv_heads or bloom else tape.copy(v), q.count, "output")
+        return tape.copy(y, back=True)
+
+    def softmax(self, w: Tensor) -> Tensor:
+        """In fp32; of bf16 scores a copy is made first."""
+        return self.tape.unary(self.tape.cast(w, 4), "softmax", "output")
+
+    # The MLP
+
+    def mlp(self, x: Tensor, m: dict) -> Tensor:
+        tape, f = self.tape, self.spec.layout
+        if len(f.up) == 2:
+            y = m[f.down](tape.mul(self.activate(m[f.up[0]](x)), m[f.up[1]](x)))
+            return y
+        if f.gated:
+            up = m[f.up[0]](x)
+            gate, up = tape.halves(up)
+            up = tape.mul(up, self.activate(gate))
+            return m[f.down](up)
+        h = m[f.up[0]](x)
+        h = self.activate(h)
+        return m[f.down](h)
+
+    def activate(self, x: Tensor) -> Tensor:
+        tape, kind = self.tape, self.spec.activation
+        with tape.inside("activation"):
+            if kind == "relu":
+                return tape.unary(x, "relu", "output")
+            if kind == "gelu_new":
+                return self.gelu_new(x)
+            if kind == "gelu_bloom":
+                return self.gelu_bloom(x)
+            return tape.unary(x, kind, "input")
+
+    def gelu_new(self, x: Tensor) -> Tensor:
+        """0.5 x (1 + tanh(c (x + 0.044715 x^3))), one operator after the other: it keeps four tensors, not one."""
+        tape = self.tape
+
+        def inner(x: Tensor) -> Tensor:
+            wide = tape.cast(x, 4) if tape.autocast else x  # autocast takes powers in fp32
+            cube = tape.unary(wide, "x^3", "input", ("power", "scaled power", "gradient"))
+            cube = tape.unary(cube, "scaled x^3")
+            return tape.add(x, cube)
+
+        half = tape.unary(x, "x / 2")
+        t = tape.unary(inner(x), "scaled sum")
+        t = tape.unary(t, "tanh", "output")
+        t = tape.unary(t, "1 + tanh", backward=())
+        return tape.mul(half, t, "output")
+
+    def gelu_bloom(self, x: Tensor) -> Tensor:
+        """A function of its own: keeps x; its temporaries on the way there and back, the most that live at once."""
+        tape, count, width = self.tape, x.count, x.width
+
+        def backward(saved, grads, needs):
+            parts = [tape.new(count, width, "part of the gradient") for _ in range(4)]
+            del parts
+            return [tape.new(count, width, "gradient")]
+
+        node = tape.node("gelu", [x], [], backward, late=True)
+        parts = [tape.new(count, width, "part") for _ in range(3)]
+        del parts
+        y = tape.new(count, width, "output", node=node)
+        tape.keep(node, [x])
+        return y
