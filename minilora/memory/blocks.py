@@ -113,12 +113,16 @@ class Decoder:
         tables = self.tables(x)
         for i, layer in enumerate(self.layers):
             tape.place = ("forward", i)
-            if self.run.checkpointing:
-                x = tape.checkpoint(lambda x, layer=layer: self.block(x, layer, tables), x)
-            else:
-                x = self.block(x, layer, tables)
+
+            def run(x: Tensor, layer=layer, tables=self.tables_of(tables, i), held=held[1:2]) -> Tensor:
+                return self.block(x, layer, tables)
+
+            x = tape.checkpoint(run, x) if self.run.checkpointing else run(x)
         tape.place = ("forward", None)
         return self.norm(x, self.last_norm) if self.last_norm else x
+
+    def tables_of(self, tables: list[Tensor], layer: int) -> list[Tensor]:
+        return tables
 
     def mean_square(self, wide: Tensor) -> Tensor:
         """Of every row, (N,)."""

@@ -6,7 +6,10 @@ Left out: position numbers and rotary frequencies, a few bytes a token.
 
 from .blocks import Decoder, Matrix
 from .models import ModelSpec
-from .tape import Tape, Tensor
+from .tape import WIDTH, Tape, Tensor
+
+
+SOFTCAP = (("divided by the cap",), ("tanh", "output"), ("times the cap",))  # cap * tanh(x / cap)
 
 
 class PeftMatrix(Matrix):
@@ -35,6 +38,8 @@ class Transformers(Decoder):
         super().__init__(tape, spec, run, layers)
         if spec.layout.rms:
             self.frequencies = [tape.state(spec.head_dim // 2, 4, "buffers", "rotary frequencies") for _ in range(2)]
+        if spec.family == "gemma2":
+            self.scale = tape.state(1, WIDTH[run.dtype], "buffers", "sqrt(C)")
 
     def loss(self) -> Tensor:
         tape, spec, run = self.tape, self.spec, self.run
@@ -42,28 +47,22 @@ class Transformers(Decoder):
         with tape.inside("lm_head"):
             logits = tape.linear(self.project(y, out=True), self.head, spec.vocab)  # N V
             if spec.family == "gemma2":
-                logits = self.softcap(logits)
+                for step in SOFTCAP:
+                    logits = tape.unary(logits, *step)
         with tape.inside("loss"):
             wide = tape.cast(logits, 4)
             padded = tape.new(run.batch * (run.seq + 1), 8, "padded labels")
             return tape.cross_entropy(wide, tape.new(run.batch * run.seq, 8, "shifted labels"))
-
-    def softcap(self, x: Tensor) -> Tensor:
-        """cap * tanh(x / cap)"""
-        tape = self.tape
-        x = tape.unary(x, "divided by the cap")
-        x = tape.unary(x, "tanh", "output")
-        return tape.unary(x, "times the cap")
 
     def embed(self) -> list[Tensor]:
         """The layers' input, and what the model's forward holds beside it."""
         tape, spec, run = self.tape, self.spec, self.run
         with tape.inside("embed_tokens"):
             x = tape.embedding(self.ids, self.embedding, spec.embedding)  # N C
-            if run.checkpointing and run.method != "full":
-                tape.require_grad(x)  # `enable_input_require_grads`, which PEFT asks for
             if spec.family == "gemma2":
                 x = tape.unary(x, "times sqrt(C)")
+            if run.checkpointing and run.method != "full":
+                tape.require_grad(x)  # `enable_input_require_grads`, which PEFT asks for
             if spec.embedding != spec.hidden:
                 x = self.project(x)
         held = [x]
@@ -86,6 +85,9 @@ class Transformers(Decoder):
         weight, width = self.projections[out], self.spec.embedding if out else self.spec.hidden
         return self.tape.linear(x, weight, width, what="projection")
 
+    def tables_of(self, tables: list[Tensor], layer: int) -> list[Tensor]:
+        return [*tables[:2], tables[2 + layer % 2]] if self.spec.family == "gemma2" else tables
+
     def tables(self, x: Tensor) -> list[Tensor]:
         """Cosine and sine of this sequence, (T, D) each, or ALiBi's slopes and the causal mask."""
         tape, spec, run = self.tape, self.spec, self.run
@@ -95,9 +97,9 @@ class Transformers(Decoder):
                 tables = [tape.new(run.seq * spec.head_dim, x.width, "rotary table", part="activations") for _ in "cs"]
             elif spec.family == "bloom":
                 tables = [tape.new(run.batch * spec.heads * run.seq, x.width, "ALiBi", part="activations")]
-            if self.eager:
-                tables.append(tape.new(run.seq * run.seq * (1 if spec.family != "bloom" else 1), x.width, "causal mask",
-                                       part="activations"))
+            if self.eager:  # Gemma-2 has one for each kind of layer
+                tables += [tape.new(run.batch * run.seq * run.seq, x.width, "causal mask", part="activations")
+                           for _ in range(1 + (spec.family == "gemma2"))]
         return tables
 
     @property
@@ -105,7 +107,7 @@ class Transformers(Decoder):
         return self.run.attention == "eager" or self.spec.family in ("gemma2", "bloom")
 
     def block(self, x: Tensor, layer: tuple, tables: list[Tensor]) -> Tensor:
-        return getattr(self, f"{'bloom' if self.spec.family == 'bloom' else 'usual'}_block")(x, layer, tables)
+        return getattr(self, f"{self.spec.family}_block", self.usual_block)(x, layer, tables)
 
     def usual_block(self, x: Tensor, layer: tuple, tables: list[Tensor]) -> Tensor:
         tape, spec = self.tape, self.spec
@@ -113,7 +115,7 @@ class Transformers(Decoder):
         before = spec.last_norm or spec.family != "opt"  # OPT-350M's norms stand after the sums
         residual = x
         h = self.norm(x, norms[0]) if before else x
-        h = self.attention(h, m, tables)
+        h, weights = self.attention(h, m, tables)  # attention's weights, if there are any, live as long as the layer
         if spec.layout.norms == 4:
             h = self.norm(h, norms[1])
         h = tape.dropout(h, spec.dropout)
@@ -129,13 +131,21 @@ class Transformers(Decoder):
         h = tape.add(residual, h, "residual sum")
         return h if before else self.norm(h, norms[-1])
 
-    def bloom_block(self, x: Tensor, layer: tuple, tables: list[Tensor]) -> Tensor:
-        tape, spec = self.tape, self.spec
+    def gpt2_block(self, x: Tensor, layer: tuple, tables: list[Tensor]) -> Tensor:
+        tape = self.tape
         m, norms = layer
         normed = self.norm(x, norms[0])
-        h = tape.add(x, tape.dropout(self.attention(normed, m, tables), spec.dropout), "residual sum")
+        out, weights = self.attention(normed, m, tables)
+        h = tape.add(out, x, "residual sum")
         normed = self.norm(h, norms[1])
-        return tape.add(h, tape.dropout(self.mlp(normed, m), spec.dropout), "residual sum")
+        return tape.add(h, self.mlp(normed, m), "residual sum")
+
+    def bloom_block(self, x: Tensor, layer: tuple, tables: list[Tensor]) -> Tensor:
+        m, norms = layer
+        normed = self.norm(x, norms[0])
+        h, weights = self.attention(normed, m, tables, x)
+        normed = self.norm(h, norms[1])
+        return self.mlp(normed, m, h)
 
     def norm(self, x: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
         tape = self.tape
@@ -147,13 +157,15 @@ class Transformers(Decoder):
             if self.spec.family == "gemma2":
                 wide = tape.mul(wide, self.inverse_root(mean))
                 shifted = tape.unary(tape.cast(weight[0], 4), "1 + weight", backward=())
-                return tape.cast(tape.mul(wide, shifted), x.width)
+                wide = tape.mul(wide, shifted)
+                return tape.cast(wide, x.width)
             wide = tape.mul(wide, self.inverse_root(mean))
             return tape.mul(weight[0], tape.cast(wide, x.width), "output")
 
     # Attention
 
-    def attention(self, x: Tensor, m: dict, tables: list[Tensor]) -> Tensor:
+    def attention(self, x: Tensor, m: dict, tables: list[Tensor],
+                  residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         tape, spec, f = self.tape, self.spec, self.spec.layout
         if len(f.qkv) == 1:
             q, k, v = self.split(m[f.qkv[0]](x))
@@ -166,8 +178,16 @@ class Transformers(Decoder):
         with tape.inside("attention"):
             if f.rms:
                 q, k = self.rotate(q, *tables[:2]), self.rotate(k, *tables[:2])
-            y = self.eager_attention(q, k, v, tables) if self.eager else self.fused_attention(q, k, v)
-        return m[f.out](tape.view(y))
+            y, weights = (self.eager_attention(q, k, v, tables[-1]) if self.eager
+                          else (self.fused_attention(q, k, v), None))
+        y = tape.copy(y) if spec.family == "phi3" and not self.eager else tape.view(y)
+        return self.finish(m[f.out](y), residual), weights
+
+    def finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
+        """What some families do inside attention and MLP, others around them: dropout, and BLOOM the residual sum."""
+        if self.spec.family in ("gpt2", "bloom"):
+            y = self.tape.dropout(y, self.spec.dropout)
+        return y if residual is None else self.tape.add(residual, y, "residual sum")
 
     def split(self, qkv: Tensor) -> list[Tensor]:
         spec = self.spec
@@ -187,8 +207,8 @@ class Transformers(Decoder):
         y = tape.add(tape.mul(x, cos), tape.mul(turned(x), sin))
         return tape.unary(y, "cat with what is not turned", backward=()) if self.spec.family == "phi3" else y
 
-    def eager_attention(self, q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor]) -> Tensor:
-        """With all scores in memory, their softmax in fp32."""
+    def eager_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """With all scores in memory, their softmax in fp32. Returns its weights too."""
         tape, spec, run = self.tape, self.spec, self.run
         scores, width, bloom = run.batch * spec.heads * run.seq**2, q.width, spec.family == "bloom"
         if spec.heads != spec.kv_heads:
@@ -201,32 +221,35 @@ class Transformers(Decoder):
         if not bloom:
             w = tape.unary(w, "scaled scores")
         if spec.family == "gemma2":
-            w = self.softcap(w)
-        w = tape.add(w, tables[-1], "masked scores")
+            for step in SOFTCAP:
+                w = tape.unary(w, *step)
+        w = tape.add(w, mask, "masked scores")
         w = tape.cast(self.softmax(w), width)
         w = tape.dropout(w, spec.attention_dropout)
         y = tape.bmm(w, v if spec.heads != spec.kv_heads or bloom else tape.copy(v), q.count, "output")
-        return tape.copy(y, back=True)
+        return tape.copy(y, back=True), w
 
     def softmax(self, w: Tensor) -> Tensor:
-        """In fp32; of bf16 scores a copy is made first."""
-        return self.tape.unary(self.tape.cast(w, 4), "softmax", "output")
+        """In fp32, of a copy if need be; GPT-2's in the width of the scores, but for autocast."""
+        wide = w if self.spec.family == "gpt2" and not self.tape.autocast else self.tape.cast(w, 4)
+        return self.tape.unary(wide, "softmax", "output")
 
     # The MLP
 
-    def mlp(self, x: Tensor, m: dict) -> Tensor:
+    def mlp(self, x: Tensor, m: dict, residual: Tensor | None = None) -> Tensor:
         tape, f = self.tape, self.spec.layout
         if len(f.up) == 2:
             y = m[f.down](tape.mul(self.activate(m[f.up[0]](x)), m[f.up[1]](x)))
             return y
         if f.gated:
             up = m[f.up[0]](x)
-            gate, up = tape.halves(up)
+            gate, up = tape.split(up, [up.count // 2] * 2)
             up = tape.mul(up, self.activate(gate))
             return m[f.down](up)
         h = m[f.up[0]](x)
         h = self.activate(h)
-        return m[f.down](h)
+        h = m[f.down](h)
+        return self.finish(h, residual)
 
     def activate(self, x: Tensor) -> Tensor:
         tape, kind = self.tape, self.spec.activation
@@ -244,8 +267,8 @@ class Transformers(Decoder):
         tape = self.tape
 
         def inner(x: Tensor) -> Tensor:
-            wide = tape.cast(x, 4) if tape.autocast else x  # autocast takes powers in fp32
-            cube = tape.unary(wide, "x^3", "input", ("power", "scaled power", "gradient"))
+            cube = ("x^3", "input", ("power", "scaled power", "gradient"))
+            cube = tape.unary(tape.cast(x, 4) if tape.autocast else x, *cube)  # autocast takes powers in fp32
             cube = tape.unary(cube, "scaled x^3")
             return tape.add(x, cube)
 
@@ -256,17 +279,16 @@ class Transformers(Decoder):
         return tape.mul(half, t, "output")
 
     def gelu_bloom(self, x: Tensor) -> Tensor:
-        """A function of its own: keeps x; its temporaries on the way there and back, the most that live at once."""
+        """The same as one function, which keeps only x; of its temporaries at most four live at once, five in backward."""
         tape, count, width = self.tape, x.count, x.width
 
-        def backward(saved, grads, needs):
-            parts = [tape.new(count, width, "part of the gradient") for _ in range(4)]
-            del parts
-            return [tape.new(count, width, "gradient")]
+        def temporaries(most: int, then: str) -> Tensor:
+            parts = [tape.new(count, width, "part") for _ in range(most)]
+            del parts[2:]
+            return tape.new(count, width, then)
 
-        node = tape.node("gelu", [x], [], backward, late=True)
-        parts = [tape.new(count, width, "part") for _ in range(3)]
-        del parts
-        y = tape.new(count, width, "output", node=node)
+        node = tape.node("gelu", [x], [], lambda s, g, n: [temporaries(5, "gradient")], late=True)
+        y = temporaries(4, "output")
+        y.node = node
         tape.keep(node, [x])
         return y

@@ -250,6 +250,7 @@ class Tape:
         t = None
         needs = [edge is not None for edge in node.edges]
         outs = list(node.backward(saved, grads, needs))
+        del saved
         for i, edge in enumerate(node.edges):
             outs[i] = self.fitted(outs[i], edge[1], edge[2]) if edge and outs[i] is not None else None
         node.saved, node.backward = None, None
