@@ -3,11 +3,25 @@
 Only the trace imports torch, and only when it is used.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 
-_ROOM = {"ModelSpec": "models", "Card": "cards", "Training": "account", "estimate": "account", "fit": "fit",
-         "trace": "trace"}
+_HOME = {"models": ("ModelSpec",), "cards": ("Card",), "account": ("Training", "estimate"), "fit": ("fit",),
+         "trace": ("trace", "fake", "measure"), "step": ("training_step",)}
+_ROOM = {name: room for room, names in _HOME.items() for name in names}
 __all__ = sorted(_ROOM)
+
+
+class _Package(ModuleType):
+    """A room may bear the name of its function: importing it leaves that name to the function."""
+
+    def __setattr__(self, name: str, value):
+        if not (name in _ROOM and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str):
