@@ -15,12 +15,14 @@ kernel takes and gives back (flash attention's backward: 4 bytes an element of q
 heads are grouped), cuBLAS's workspace (`CUBLAS_WORKSPACE`), the CUDA context, and fragmentation from before the step.
 """
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
+from unittest.mock import patch
 from weakref import ref
 
 import torch
@@ -127,6 +129,8 @@ class Trace(TorchDispatchMode):
         with ExitStack() as stack:
             if not self.real:
                 stack.enter_context(FAKE)
+                if "transformers.utils.import_utils" in sys.modules:  # else it takes fake tensors for an export, and masks
+                    stack.enter_context(patch("transformers.utils.import_utils.is_fake_tensor", lambda x: False, create=True))
             if self.cuda:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # three kernels are replaced, and torch says so
