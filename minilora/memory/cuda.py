@@ -4,11 +4,15 @@ From the sources of PyTorch 2.13: c10/cuda/CUDACachingAllocator.cpp, ATen/native
 ATen/autocast_mode.h, ATen/cuda/CUDABlas.cpp.
 """
 
+import warnings
 from bisect import bisect_left, insort
 from collections.abc import Callable
+from contextlib import ExitStack
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 aten = torch.ops.aten
 MIB = 2**20
@@ -81,15 +85,22 @@ TO_FP32 = ("softmax.int", "log_softmax.int", "cumsum", "cumprod", "sum", "sum.di
 NOT_CAST = ("cross_entropy_loss", "cat", "stack")  # the CPU's autocast casts these, CUDA's does not
 
 
-def follow_cuda(library: torch.library.Library) -> None:
-    """Put CUDA's choices in the place of the CPU's: fused attention and norms, dropout's mask, autocast's lists."""
-    library.impl("scaled_dot_product_attention", attention, "AutogradCPU")
-    library.impl("rms_norm", FusedRMSNorm.run, "AutogradCPU")
-    library.impl("dropout", dropout, "AutogradCPU")
-    for name in IN_FP32 + TO_FP32:
-        library.impl(name, autocast_kernel(name, name in IN_FP32), "AutocastCPU")
-    for name in NOT_CAST:
-        library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU")
+def follow_cuda(stack: ExitStack) -> None:
+    """Until `stack` closes, make PyTorch choose on the CPU as it does on CUDA: fused attention and norms, dropout's mask,
+    what autocast casts, and optimizers that take all parameters at once (foreach)."""
+    library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that kernels are replaced
+        library.impl("scaled_dot_product_attention", attention, "AutogradCPU")
+        library.impl("rms_norm", FusedRMSNorm.run, "AutogradCPU")
+        library.impl("dropout", dropout, "AutogradCPU")
+        for name in IN_FP32 + TO_FP32:
+            library.impl(name, autocast_kernel(name, name in IN_FP32), "AutocastCPU")
+        for name in NOT_CAST:
+            library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU")
+    stack.enter_context(patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: ["cpu"]))
+    for home in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
+        stack.enter_context(patch(f"{home}._foreach_supported_types", [Tensor, nn.Parameter, FakeTensor]))
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False) -> Tensor:

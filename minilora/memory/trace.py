@@ -1,8 +1,8 @@
 """What one training step would allocate on a GPU, without one: `with trace() as t: step()`.
 
 The step runs on fake tensors, which have a shape, a dtype and a storage of a known size but no data. Every operator
-passes through a dispatch mode, which sees each storage born and, through a weak reference, sees it die. What PyTorch's
-CUDA kernels would do otherwise than its CPU kernels (cuda.py) is put in the CPU's place while the trace lasts.
+passes through a dispatch mode, which sees each storage born and, through a weak reference, sees it die. What PyTorch
+would do otherwise on CUDA than on the CPU (cuda.py) is put in the CPU's place while the trace lasts.
 
     with fake():
         step = training_step(LlamaConfig(...), method="lora")  # step.py's, or any model, optimizer and step of your own
@@ -10,13 +10,14 @@ CUDA kernels would do otherwise than its CPU kernels (cuda.py) is put in the CPU
     print(t)
 
 Bytes are counted three ways: `requested`; allocated, each storage rounded up to 512 bytes (`peak`); and `reserved`, by
-a replay of the caching allocator's pools. Not in them, because no storage of an operator's result: scratch that a
-kernel takes and gives back (flash attention's backward: 4 bytes an element of q, and per query head dk and dv when
-heads are grouped), cuBLAS's workspace (`CUBLAS_WORKSPACE`), the CUDA context, and fragmentation from before the step.
+a replay of the caching allocator. What no operator returns is in none of them: scratch that a kernel takes and gives
+back (flash attention's backward takes 4 bytes an element of q, and grouped heads a dk and a dv for every query head),
+cuBLAS's workspace (`CUBLAS_WORKSPACE`), the CUDA context, and fragmentation from before the step. Tensors that stay on
+the host (but for an optimizer's count of steps) cannot be told apart from the others, and count.
 """
 
+import re
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -37,47 +38,43 @@ from ..insert import table
 from .cuda import CUBLAS_WORKSPACE, CachingAllocator, follow_cuda, rounded
 
 aten = torch.ops.aten
-
-
-# ---------------------------------------------------------------- fake tensors
+KIND = {"forward": "activations", "recomputation": "recomputed activations", "backward": "backward temporaries",
+        "optimizer": "optimizer temporaries"}  # what a storage is that was born there, until more is known
 
 
 class Fake(FakeTensorMode):
-    """Fake tensors whose value, when a step asks for one (`loss.item()`, Adam's step count, a seed), is 1."""
+    """Fake tensors whose value, when a step asks for one (`loss.item()`, Adam's count of steps, a seed), is 1."""
 
     def dispatch(self, func, types, args=(), kwargs=None):
         try:
             out = super().dispatch(func, types, args, kwargs)
-            # torch's memo of conversions holds weak references, which would keep `module.to(dtype)` from swapping
-            self.fake_tensor_converter.meta_converter.tensor_memo.clear()
-            return out
         except DataDependentOutputException:
             return 1
         except DynamicOutputShapeException:
             raise ValueError(f"{func} gives a shape that depends on data, and fake tensors have none: take it out of "
-                             "the step, or trace the real tensors (real=True)") from None
+                             "the step, or trace a real run (real=True)") from None
+        # torch's memo of conversions refers weakly to tensors, and `module.to(dtype)` swaps only those without referrers
+        self.fake_tensor_converter.meta_converter.tensor_memo.clear()
+        return out
 
 
 FAKE = Fake()  # one for all: fake tensors of two modes do not mix
 
 
 def fake() -> Fake:
-    """In this context every new tensor is fake: models of any size cost nothing."""
+    """A context in which every new tensor is fake, so that a model of any size costs nothing."""
     return FAKE
-
-
-# ---------------------------------------------------------------- the trace
 
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """One storage: what it is, which operator of which module made it, and from which moment to which it lived."""
+    """One storage: what it is, which operator of which module made it, and when it lived, as indices in the timeline."""
 
     bytes: int
     kind: str
     op: str
     module: str
-    born: int  # index in the timeline; 0: it was there before the trace
+    born: int  # 0: before the trace
     died: int | None = None
 
     @property
@@ -86,7 +83,7 @@ class Block:
 
 
 class Moment(NamedTuple):
-    """The live bytes after one storage was born or died, and where the step was: phase, module and operator."""
+    """The bytes that are live after one storage was born or died, and where the step was: phase, module, operator."""
 
     requested: int
     allocated: int
@@ -100,11 +97,11 @@ class Moment(NamedTuple):
 
 
 class Trace(TorchDispatchMode):
-    """Follows every storage of the operators that run inside it; see `trace`. After it:
+    """Follows every storage of the operators that run inside it; `trace` makes one. After it:
 
     Attributes:
-        peak, requested, reserved: the largest number of bytes live at once: rounded to 512, as asked for, and as held by
-            the caching allocator.
+        peak, requested, reserved: the largest number of bytes live at once: each storage rounded up to 512, as asked for,
+            and as held by the caching allocator.
         moment: the `Moment` of the peak.
         parts: kind -> allocated bytes at the peak; they sum to `peak`.
         held: the `Block`s alive at the peak, the largest first.
@@ -114,27 +111,24 @@ class Trace(TorchDispatchMode):
     def __init__(self, kernels: str, real: bool):
         super().__init__()
         self.cuda, self.real = kernels == "cuda" and not real, real
-        self.blocks: dict[int, Block] = {}  # live storage -> block
-        self.watch: dict[int, ref] = {}
+        self.live: dict[int, tuple[Block, ref]] = {}  # a storage's address -> its block, and what tells of its death
         self.before: list[Block] = []
-        self.events: list[tuple] = []  # (block, born or died, phase, module, op)
-        self.where = "start", "", ""  # phase, module and operator of now
-        self.modules: list[str] = []  # the modules whose forward is running, innermost last
+        self.events: list[tuple] = []  # block, 1 for born or -1 for died, phase, module, operator
+        self.where = "forward", "", ""  # phase, module and operator of now
+        self.modules: list[str] = []  # whose forward is running, the innermost last
         self.names: dict[nn.Module, str] = {}
         self.owner: dict[Tensor, str] = {}  # parameter -> its module
-        self.made_in: dict[int, str] = {}  # an autograd node's sequence number -> module
-        self.optimizing: list | None = None  # in an optimizer's step: what to put back after it
+        self.made_in: dict[int, str] = {}  # an autograd node's sequence number -> the module that made it
+        self.optimizing = False
 
     def __enter__(self):
         with ExitStack() as stack:
             if not self.real:
                 stack.enter_context(FAKE)
-                if "transformers.utils.import_utils" in sys.modules:  # else it takes fake tensors for an export, and masks
+                if "transformers.utils.import_utils" in sys.modules:  # it takes fake tensors for an export, and then masks
                     stack.enter_context(patch("transformers.utils.import_utils.is_fake_tensor", lambda x: False, create=True))
             if self.cuda:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # three kernels are replaced, and torch says so
-                    follow_cuda(stack.enter_context(torch.library._scoped_library("aten", "IMPL")))
+                follow_cuda(stack)
             for hook in (register_module_forward_pre_hook(self.enter_module),
                          register_module_forward_hook(self.leave_module, always_call=True),
                          register_optimizer_step_pre_hook(self.enter_optimizer),
@@ -147,157 +141,160 @@ class Trace(TorchDispatchMode):
     def __exit__(self, *error):
         super().__exit__(*error)
         self.stack.close()
-        for p in self.owner:
-            self.hold(p.grad, "gradients", self.owner[p])
+        for p, module in self.owner.items():
+            self.name(p.grad, "gradients", module)
+        self.live, self.names, self.owner = {}, {}, {}
         self.finish()
-        self.blocks, self.watch, self.names, self.owner = {}, {}, {}, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
-        for t in tensors((args, kwargs)) if func is not aten.lift_fresh.default else ():  # its argument is born here
+        for t in tensors((args, kwargs)) if func is not aten.lift_fresh.default else ():  # torch.tensor's is born here
             if not (self.real or isinstance(t, FakeTensor)):
-                raise ValueError(f"a real tensor of shape {tuple(t.shape)} met the fake ones in {func}: build the model, "
+                raise ValueError(f"a real tensor of shape {tuple(t.shape)} met the fake ones in {func}: make the model, "
                                  "its data and its optimizer inside `with fake():`, or trace a real run (real=True)")
-            self.hold(t)
+            self.name(t)
         self.where = self.place(func)
         out = func(*args, **kwargs)
-        if self.cuda and func is aten.native_layer_norm.default:  # the CPU keeps mean and 1 / std in x's dtype
+        if self.cuda and func is aten.native_layer_norm.default:  # mean and 1 / std, on the CPU in the dtype of x
             out = out[0], *(t.float() for t in out[1:])
+        phase, module, op = self.where
         for t in tensors(out):
-            self.see(t)
+            if self.block(t) is None and (size := t.untyped_storage().nbytes()):
+                block = Block(size, KIND[phase], op, module, len(self.events) + 1)
+                self.events.append((block, 1, *self.where))
+                self.follow(t, block)
         return out
 
     def place(self, func) -> tuple[str, str, str]:
         """Phase, module and operator."""
-        op, inside = func.__name__.removesuffix(".default"), self.modules[-1] if self.modules else ""
-        if self.optimizing is not None:
-            return "optimizer", inside, op
-        if torch._C._current_graph_task_id() == -1:
-            self.made_in.setdefault(torch._C._autograd._get_sequence_nr() - 1, inside)
-            return "forward", inside, op
-        if self.modules:
-            return "recomputation", inside, op
+        op, running = func.__name__.removesuffix(".default"), self.modules[-1] if self.modules else ""
+        if torch._C._current_graph_task_id() == -1:  # not in backward
+            if self.optimizing:
+                return "optimizer", running, op
+            # the node that will go back through this operator has just been made
+            self.made_in.setdefault(torch._C._autograd._get_sequence_nr() - 1, running)
+            return "forward", running, op
+        if running:
+            return "recomputation", running, op
         node = torch._C._current_autograd_node()
-        if hasattr(node, "variable"):
+        if hasattr(node, "variable"):  # the node that adds to a parameter's gradient
             return "backward", self.owner.get(node.variable, ""), op
         return "backward", self.made_in.get(node._sequence_nr(), "") if node else "", op
 
-    def see(self, t: Tensor, before: bool = False) -> None:
-        """Start a block for the tensor's storage, if it is new."""
+    def block(self, t: Tensor) -> Block | None:
+        return self.live.get(t.untyped_storage()._cdata, (None,))[0]
+
+    def follow(self, t: Tensor, block: Block) -> None:
         storage = t.untyped_storage()
         key = storage._cdata
-        if key in self.blocks or not storage.nbytes():
-            return
-        phase, module, op = self.where
-        if before:
-            block = Block(storage.nbytes(), "inputs", "", "", 0)
+
+        def died(_) -> None:
+            del self.live[key]
+            self.events.append((block, -1, *self.where))
+            block.died = len(self.events)
+
+        self.live[key] = block, ref(storage, died)
+
+    def name(self, t: Tensor | None, kind: str = "", module: str = "") -> Block | None:
+        """Say what a storage is. One that no operator in here has made was there before."""
+        if t is None or not (size := t.untyped_storage().nbytes()):
+            return None
+        if (block := self.block(t)) is None:
+            block = Block(size, "inputs", "", "", 0)
             self.before.append(block)
-        else:
-            block = Block(storage.nbytes(), KIND[phase], op, module, len(self.events) + 1)
-            self.events.append((block, 1, *self.where))
-        self.blocks[key], self.watch[key] = block, ref(storage, lambda _: self.bury(key))
-
-    def bury(self, key: int) -> None:
-        block = self.blocks.pop(key)
-        del self.watch[key]
-        self.events.append((block, -1, *self.where))
-        block.died = len(self.events)
-
-    def hold(self, t: Tensor | None, kind: str = "", module: str = "") -> None:
-        """See a tensor that was there before the trace, if it is new; say what it is."""
-        if t is None:
-            return
-        self.see(t, before=True)
-        if kind and (block := self.blocks.get(t.untyped_storage()._cdata)):
+            self.follow(t, block)
+        if kind:
             block.kind, block.module = kind, module
+        return block
 
-    # Hooks: torch calls them around every module's forward and every optimizer's step
+    # Torch calls these around every module's forward and every optimizer's step
 
     def enter_module(self, module: nn.Module, args) -> None:
-        if module not in self.names:  # a root
+        if module not in self.names:  # a root: name all that is in it
             for name, m in module.named_modules():
-                self.names[m] = name or type(module).__name__
+                self.names[m] = name = name or type(module).__name__
                 for p in m.parameters(recurse=False):
-                    self.owner[p] = self.names[m]
-                    self.hold(p, "trainable weights" if p.requires_grad else "frozen weights", self.names[m])
-                    self.hold(p.grad, "gradients", self.names[m])
+                    self.owner[p] = name
+                    self.name(p, "trainable weights" if p.requires_grad else "frozen weights", name)
+                    self.name(p.grad, "gradients", name)
                 for b in m.buffers(recurse=False):
-                    self.hold(b, "buffers", self.names[m])
+                    self.name(b, "buffers", name)
         self.modules.append(self.names[module])
 
     def leave_module(self, module: nn.Module, args, output) -> None:
         self.modules.pop()
 
-    def enter_optimizer(self, optimizer, args, kwargs) -> None:
-        self.optimizing = []
+    def enter_optimizer(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+        self.optimizing = True
         for group in optimizer.param_groups:
             for p in group["params"]:
-                self.hold(p.grad, "gradients", self.owner.get(p, ""))
-            if self.cuda and group.get("foreach", 0) is None and not group["fused"]:  # the default on CUDA
-                group["foreach"] = True
-                self.optimizing.append(group)
-        self.hold_states(optimizer)
+                self.name(p.grad, "gradients", self.owner.get(p, ""))
+        self.name_states(optimizer)
 
-    def leave_optimizer(self, optimizer, args, kwargs) -> None:
-        for group in self.optimizing:
-            group["foreach"] = None
-        self.optimizing = None
-        self.hold_states(optimizer)
+    def leave_optimizer(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+        self.optimizing = False
+        self.name_states(optimizer)
 
-    def hold_states(self, optimizer) -> None:
+    def name_states(self, optimizer: torch.optim.Optimizer) -> None:
         for p, state in optimizer.state.items():
             for t in tensors(state):
-                self.hold(t, "optimizer states", self.owner.get(p, ""))
+                block = self.name(t, "optimizer states", self.owner.get(p, ""))
                 if self.cuda and t.dim() == 0:  # the count of steps stays on the host
-                    self.blocks[t.untyped_storage()._cdata].bytes = 0
+                    block.bytes = 0
 
-    # After the run
+    # After the step
 
     def finish(self) -> None:
         """Replay births and deaths through the allocator; find the peak."""
         allocator, places = CachingAllocator(), {}
         requested = allocated = 0
-        self.timeline = []
+        self.timeline = [Moment(0, 0, 0, "start", "", "")]
         for block, sign, *where in [(b, 1, "start", "", "") for b in self.before] + self.events:
             requested, allocated = requested + sign * block.bytes, allocated + sign * block.allocated
             if sign > 0:
                 places[block] = allocator.allocate(block.bytes) if block.bytes else None
             elif place := places.pop(block):
                 allocator.release(place)
+            if where[0] == "start":
+                self.timeline.pop()
             self.timeline.append(Moment(requested, allocated, allocator.reserved, *where))
-        self.timeline = self.timeline[max(len(self.before) - 1, 0):] if self.before else [
-            Moment(0, 0, 0, "start", "", ""), *self.timeline]
-        self.requested = max(m.requested for m in self.timeline)
-        self.reserved = max(m.reserved for m in self.timeline)
-        self.peak = max(m.allocated for m in self.timeline)
-        at = next(i for i, m in enumerate(self.timeline) if m.allocated == self.peak)
-        self.moment = self.timeline[at]
-        alive = [b for b in self.before + [e[0] for e in self.events if e[1] > 0]
-                 if b.bytes and b.born <= at and (b.died is None or b.died > at)]
-        self.held = sorted(alive, key=lambda b: -b.bytes)
-        self.parts = Counter()
-        for block in alive:
-            self.parts[block.kind] += block.allocated
-        self.parts = dict(self.parts.most_common())
+        self.moment = max(self.timeline, key=lambda moment: moment.allocated)  # the first of several
+        at = self.timeline.index(self.moment)
+        self.peak = self.moment.allocated
+        self.requested, self.reserved = max(m.requested for m in self.timeline), self.timeline[-1].reserved
+        blocks = self.before + [block for block, sign, *_ in self.events if sign > 0]
+        self.held = sorted((b for b in blocks if b.bytes and b.born <= at and (b.died is None or b.died > at)),
+                           key=lambda b: -b.bytes)
+        self.parts = self.held_by(lambda b: b.kind)
+
+    def held_by(self, key: Callable[[Block], object]) -> dict[object, int]:
+        """Allocated bytes at the peak by any key, the largest first: ``t.held_by(lambda block: block.module)``."""
+        sums = Counter()
+        for block in self.held:
+            sums[key(block)] += block.allocated
+        return dict(sums.most_common())
+
+    def to_dict(self) -> dict:
+        """What JSON can hold: the counts, the moment and the parts."""
+        return {"peak": self.peak, "requested": self.requested, "reserved": self.reserved,
+                "moment": {"phase": self.moment.phase, "module": self.moment.module, "op": self.moment.op},
+                "parts": self.parts, "not_counted": {"cublas_workspace": CUBLAS_WORKSPACE}}
 
     def __str__(self):
-        rows = [(kind, n, f"{n / 2**30:.2f} GiB", f"{n / max(self.peak, 1):.0%}") for kind, n in self.parts.items()]
-        groups = Counter()
-        for b in self.held:
-            groups[b.kind, b.module, b.op] += b.allocated
-        top = [(kind, module, op, n) for (kind, module, op), n in groups.most_common(12)]
+        def alike(b: Block) -> tuple[str, str, str]:  # the same place in every layer
+            return b.kind, re.sub(r"\.\d+(?=\.|$)", ".*", b.module), b.op
+
+        rows = [(kind, n, f"{n / 2**30:.2f} GiB", f"{n / self.peak:.1%}") for kind, n in self.parts.items()]
+        most = [(*key, n) for key, n in list(self.held_by(alike).items())[:15]]
         return "\n\n".join((
-            f"peak {self.peak:,} bytes ({self.peak / 2**30:.2f} GiB) at: {self.moment}",
-            table(("kind", "bytes", "", ""), rows),
-            table(("held at the peak", "module", "made by", "bytes"), top),
-            f"requested {self.requested:,}, reserved {self.reserved:,}. Not counted: kernels' scratch, cuBLAS's workspace "
-            f"({CUBLAS_WORKSPACE['Hopper, Blackwell']:,} on Hopper), the CUDA context"))
-
-
-KIND = {"start": "inputs", "forward": "activations", "recomputation": "recomputed activations",
-        "backward": "backward temporaries", "optimizer": "optimizer temporaries"}
+            f"peak {self.peak:,} bytes = {self.peak / 2**30:.2f} GiB, at: {self.moment}",
+            table(("held then", "bytes", "", ""), rows),
+            table(("most of it", "module", "made by", "bytes"), most),
+            f"requested {self.requested:,}, reserved by the allocator {self.reserved:,} bytes. Not counted: scratch inside "
+            f"kernels, cuBLAS's workspace\n({CUBLAS_WORKSPACE['Hopper, Blackwell']:,} bytes on Hopper, "
+            f"{CUBLAS_WORKSPACE['other cards']:,} on other cards), the CUDA context"))
 
 
 def tensors(x) -> Iterator[Tensor]:
