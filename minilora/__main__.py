@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "memory": ("memory.account", "what a training step of a model needs, to the byte, and when"),
     "models": ("memory.models", "the models whose shapes are known"),
     "cards": ("memory.cards", "the cards, and how much of each a run may use"),
+    "trace": ("memory.step", "what one training step of a Hugging Face architecture would allocate on a GPU, traced"),
 }
 
 

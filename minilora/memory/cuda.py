@@ -12,7 +12,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 aten = torch.ops.aten
 MIB = 2**20
@@ -99,8 +98,6 @@ def follow_cuda(stack: ExitStack) -> None:
         for name in NOT_CAST:
             library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU")
     stack.enter_context(patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: ["cpu"]))
-    for home in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
-        stack.enter_context(patch(f"{home}._foreach_supported_types", [Tensor, nn.Parameter, FakeTensor]))
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False) -> Tensor:

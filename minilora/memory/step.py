@@ -1,56 +1,66 @@
 """The standard training step to trace, of our decoder or of a Hugging Face architecture with PEFT."""
 
+import copy
+import json
+import warnings
 from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..config import LoRAConfig
+from ..config import ALL_LINEAR, LoRAConfig
 from ..insert import inject
 from ..llama import Llama, LlamaConfig
 from ..train import reply_loss
+from .trace import fake, measure
 
-OPTIMIZERS = {
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
-    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
-    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-3),
-}
-METHODS = ("full", "lora", "qlora")
+METHODS = ("full", "lora")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9),
+    "adafactor": torch.optim.Adafactor,
+}
 
 
-def training_step(config, method: str = "lora", rank: int = 8, target_modules="all-linear", batch: int = 1, seq: int = 128,
+def training_step(config, method: str = "lora", rank: int = 16, target_modules=ALL_LINEAR, batch: int = 1, seq: int = 512,
                   optimizer: str = "adamw", dtype: str = "bfloat16", autocast: bool = False, checkpointing: bool = False,
                   dropout: float = 0.0) -> Callable[[], None]:
-    """A model, its data and optimizer, and the function that runs one step of training on them.
+    """Make a model, its data and its optimizer; return the function that runs one step of training on them.
 
-    Call it inside `with fake():` for a step to trace (`measure(step)`), outside for one that really runs.
+    Call it inside `with fake():` for a step to trace (``measure(step)``), outside for one that really runs.
 
     Args:
-        config: a `LlamaConfig` of ours (our decoder and LoRA layers), or a config of transformers' (its model of
-            ``AutoModelForCausalLM``, with adapters by PEFT; both must be installed).
-        method: "full": every weight trains; "lora": only adapters; "qlora": adapters on a 4-bit base.
-        dtype: of the weights; adapters are fp32, as both implementations make them.
-        autocast: run the forward under bf16 autocast, as mixed precision does.
-        dropout: LoRA's.
+        config: a `LlamaConfig` (our decoder, our LoRA layers), or a config of transformers' (its causal language model,
+            adapters by PEFT; both must be installed).
+        method: "full": every weight trains; "lora": only adapters.
+        rank, target_modules, dropout: LoRA's, as in `LoRAConfig`.
+        batch, seq: rows, and tokens in each.
+        optimizer: "adamw", "sgd", "momentum" or "adafactor", as torch has them.
+        dtype: of the weights; adapters are fp32, which is the default of both implementations.
+        autocast: run the forward under bf16 autocast (mixed precision: with fp32 weights).
+        checkpointing: recompute each layer in backward.
 
     Raises:
-        ValueError: an unknown name, a size below 1, or transformers or peft missing.
+        ValueError: an unknown name, a size below 1 or above the context, or transformers or peft missing.
     """
     for what, value, known in (("method", method, METHODS), ("optimizer", optimizer, OPTIMIZERS), ("dtype", dtype, DTYPES)):
         if value not in known:
-            raise ValueError(f"no {what} {value!r}, expected one of {', '.join(known)}")
+            near = get_close_matches(str(value), known, n=1)
+            raise ValueError(f"no {what} {value!r}, expected one of {', '.join(known)}" + (f"; near: {near[0]}" * bool(near)))
     for what, value in (("batch", batch), ("seq", seq)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{what} must be a positive integer, got {value!r}")
-    if method == "qlora":
-        raise ValueError("qlora is not there yet")
+    if seq > (context := getattr(config, "max_position_embeddings", None) or seq):
+        raise ValueError(f"seq {seq} is longer than the model's context of {context}")
+    lora = LoRAConfig(rank, 2 * rank, target_modules, dropout) if method == "lora" else None
     build = our_model if isinstance(config, LlamaConfig) else hugging_face_model
-    model, loss_of = build(config, method, rank, target_modules, DTYPES[dtype], checkpointing, dropout)
-    model.train()
-    opt = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
-    ids, targets = (torch.randint(0, config.vocab_size, (batch, seq)) for _ in range(2))  # (B, T)
+    model, loss_of = build(config, lora, DTYPES[dtype], checkpointing)
+    opt = OPTIMIZERS[optimizer]([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
+    ids, targets = (torch.randint(config.vocab_size, (batch, seq)) for _ in range(2))  # (B, T)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -62,28 +72,67 @@ def training_step(config, method: str = "lora", rank: int = 8, target_modules="a
     return step
 
 
-def our_model(config, method, rank, target_modules, dtype, checkpointing, dropout) -> tuple[nn.Module, Callable]:
+def our_model(config: LlamaConfig, lora: LoRAConfig | None, dtype: torch.dtype, checkpointing: bool):
     model = Llama(config, seed=0).to(dtype)
-    if method == "lora":
-        inject(model, LoRAConfig(rank, 2 * rank, target_modules, dropout))
+    if lora:
+        inject(model, lora)
     model.model.checkpointing = checkpointing
     return model, reply_loss
 
 
-def hugging_face_model(config, method, rank, target_modules, dtype, checkpointing, dropout) -> tuple[nn.Module, Callable]:
-    try:
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
-    except ImportError as e:
-        raise ValueError(f"to trace a Hugging Face architecture install transformers and peft: {e}") from None
-    config.use_cache = False
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if method == "lora":
-        targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=dropout,
-                                                 task_type="CAUSAL_LM"))
+def hugging_face_model(config, lora: LoRAConfig | None, dtype: torch.dtype, checkpointing: bool):
+    peft, transformers = need("peft"), need("transformers")
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"expected a LlamaConfig or the config of a causal language model of transformers', "
+                         f"got a {type(config).__name__}")
+    config = copy.deepcopy(config)
+    config.use_cache = False  # training keeps no keys and values
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if lora:
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha,
+                                                           target_modules=targets, lora_dropout=lora.dropout))
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if method == "lora":
-            model.enable_input_require_grads()
     return model, lambda model, ids, targets: model(input_ids=ids, labels=targets).loss
+
+
+def need(package: str):
+    """The package, which minilora does without elsewhere."""
+    try:
+        return __import__(package)
+    except ImportError:
+        raise ValueError(f"tracing a Hugging Face architecture needs transformers and peft, and {package} is not "
+                         "installed: pip install transformers peft") from None
+
+
+def trace_command(parser, arguments: list[str]) -> None:
+    """``python -m minilora trace --config FOLDER``: trace a step of the architecture in the folder's config.json."""
+    parser.add_argument("--config", type=Path, required=True, help="folder with a Hugging Face config.json, or the file")
+    parser.add_argument("--method", default="lora", help=" or ".join(METHODS))
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", default=ALL_LINEAR, help="modules to adapt, commas between them")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seq", type=int, default=512)
+    parser.add_argument("--optimizer", default="adamw", help=", ".join(OPTIMIZERS))
+    parser.add_argument("--dtype", default="bfloat16", help=", ".join(DTYPES))
+    parser.add_argument("--autocast", action="store_true", help="bf16 autocast")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute each layer in backward")
+    parser.add_argument("--dropout", type=float, default=0.0, help="LoRA's")
+    parser.add_argument("--kernels", default="cuda", help="cuda or cpu: whose kernels and dtypes to follow")
+    parser.add_argument("--json", action="store_true")
+    options = vars(parser.parse_args(arguments))
+    folder, kernels, as_json = (options.pop(name) for name in ("config", "kernels", "json"))
+    targets = options.pop("targets")
+    file = folder / "config.json" if folder.is_dir() else folder
+    if not file.is_file():
+        raise ValueError(f"there is no {file}; expected the folder of a Hugging Face model, with a config.json")
+    transformers = need("transformers")
+    transformers.logging.set_verbosity_error()
+    config = transformers.AutoConfig.from_pretrained(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a model without weights
+        with fake():
+            step = training_step(config, target_modules=targets if targets == ALL_LINEAR else targets.split(","), **options)
+        t = measure(step, kernels)
+    print(json.dumps(t.to_dict()) if as_json else t)

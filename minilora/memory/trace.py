@@ -125,7 +125,10 @@ class Trace(TorchDispatchMode):
         with ExitStack() as stack:
             if not self.real:
                 stack.enter_context(FAKE)
-                if "transformers.utils.import_utils" in sys.modules:  # it takes fake tensors for an export, and then masks
+                # some code asks whether a tensor is fake, or of a known type, and then does otherwise than in a real run
+                for home in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
+                    stack.enter_context(patch(f"{home}._foreach_supported_types", [Tensor, nn.Parameter, FakeTensor]))
+                if "transformers.utils.import_utils" in sys.modules:
                     stack.enter_context(patch("transformers.utils.import_utils.is_fake_tensor", lambda x: False, create=True))
             if self.cuda:
                 follow_cuda(stack)
