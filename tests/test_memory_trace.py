@@ -196,6 +196,19 @@ def test_weights_of_before_gradients_that_stay_and_names_of_modules():
     assert f"peak {t.peak:,} bytes" in table and "frozen weights" in table and "33,554,432 bytes on Hopper" in table
 
 
+def test_a_four_bit_base_is_counted_as_such():
+    pytest.importorskip("minilora.quant")
+    with fake():
+        t = measure(training_step(OURS, "qlora", rank=4, batch=3, seq=8, target_modules=("q_proj", "v_proj")))
+    weights = {b.module: 0 for b in t.held if b.kind == "quantised weights"}
+    for b in t.held:
+        if b.kind == "quantised weights":
+            weights[b.module] += b.bytes
+    blocks = -(-48 * 32 // 64)  # of gate_proj: 4 bits a weight, one byte a block, 4 bytes a 256 blocks, 4 for the mean
+    assert len(weights) == 2 * 7 and weights["model.layers.1.mlp.gate_proj"] == 32 * blocks + blocks + 4 + 4
+    assert "lm_head" in {b.module for b in t.held if b.kind == "frozen weights"}
+
+
 # What CUDA does otherwise
 
 
@@ -352,6 +365,9 @@ def test_errors_say_what_to_do():
         real = torch.randn(12)
         with trace():
             torch.ones(12) + real
+    with fake():
+        x = torch.randn(3)
+        assert x.sum().item() == 1 and bool(x.isfinite().all()) and torch.equal(x, x + 1)  # any value is 1
     with pytest.raises(ValueError, match="nonzero.* shape that depends on data"), trace():
         torch.ones(3).nonzero()
     with trace() as t:
@@ -369,10 +385,13 @@ def test_errors_say_what_to_do():
     ({"rank": 0}, "rank must be a positive integer, got 0"),
     ({"rank": 40}, "rank 40 is larger"),
     ({"target_modules": ("q_porj",)}, "'q_porj' matches no module; near it: q_proj"),
+    ({"config": gpt2, "method": "qlora"}, "qlora can be traced only with our own decoder"),
+    ({"config": dict}, "expected a LlamaConfig or the config of a causal language model of transformers', got a dict"),
 ])
 def test_a_step_that_makes_no_sense_is_refused(options, says):
     with pytest.raises(ValueError, match=says), fake():
-        training_step(OURS, **options)
+        training_step(**{"config": OURS, **options} if "config" not in options else
+                      options | {"config": options["config"](), "seq": 8})
 
 
 def test_the_function_keeps_its_name_when_the_room_is_imported():

@@ -108,12 +108,13 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=
     """
     size, grouped = q.shape[-1], enable_gqa and q.shape[-3] != k.shape[-3]
     scale = size**-0.5 if scale is None else scale
-    flash = q.dtype in (torch.float16, torch.bfloat16) and attn_mask is None and size <= 256
-    if flash and (not is_causal or q.shape[-2] == k.shape[-2]):
+    flash = q.dtype in (torch.float16, torch.bfloat16) and attn_mask is None and size <= 256 and q.dim() == 4
+    if flash and torch.backends.cuda.flash_sdp_enabled() and (not is_causal or q.shape[-2] == k.shape[-2]):
         q, k, v = (nn.functional.pad(x, (0, -size % 8)) if size % 8 else x for x in (q, k, v))
         y = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
         return y[..., :size] if size % 8 else y
-    if not grouped and q.dtype != torch.float64:
+    efficient = not grouped and q.dtype != torch.float64 and q.dim() == 4
+    if efficient and torch.backends.cuda.mem_efficient_sdp_enabled():
         if attn_mask is not None and attn_mask.dtype == torch.bool:  # turned into what is added to the scores
             attn_mask = torch.where(attn_mask, *(torch.scalar_tensor(x, dtype=q.dtype) for x in (0, -torch.inf)))
         if attn_mask is not None:
@@ -130,6 +131,8 @@ class FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def run(x, shape, weight=None, eps=None) -> Tensor:
+        if weight is not None and weight.dtype != x.dtype:
+            return aten._fused_rms_norm(x, shape, weight, eps)[0]  # not fused on CUDA either
         return FusedRMSNorm.apply(x, len(shape), weight)
 
     @staticmethod

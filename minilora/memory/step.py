@@ -16,7 +16,7 @@ from ..llama import Llama, LlamaConfig
 from ..train import reply_loss
 from .trace import fake, measure
 
-METHODS = ("full", "lora")
+METHODS = ("full", "lora", "qlora")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
@@ -36,7 +36,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
     Args:
         config: a `LlamaConfig` (our decoder, our LoRA layers), or a config of transformers' (its causal language model,
             adapters by PEFT; both must be installed).
-        method: "full": every weight trains; "lora": only adapters.
+        method: "full": every weight trains; "lora": only adapters; "qlora" (our decoder only): adapters on a 4-bit base.
         rank, target_modules, dropout: LoRA's, as in `LoRAConfig`.
         batch, seq: rows, and tokens in each.
         optimizer: "adamw", "sgd", "momentum" or "adafactor", as torch has them.
@@ -56,9 +56,13 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
             raise ValueError(f"{what} must be a positive integer, got {value!r}")
     if seq > (context := getattr(config, "max_position_embeddings", None) or seq):
         raise ValueError(f"seq {seq} is longer than the model's context of {context}")
-    lora = LoRAConfig(rank, 2 * rank, target_modules, dropout) if method == "lora" else None
-    build = our_model if isinstance(config, LlamaConfig) else hugging_face_model
-    model, loss_of = build(config, lora, DTYPES[dtype], checkpointing)
+    lora = LoRAConfig(rank, 2 * rank, target_modules, dropout) if method != "full" else None
+    if isinstance(config, LlamaConfig):
+        model, loss_of = our_model(config, lora, DTYPES[dtype], checkpointing, method == "qlora")
+    elif method == "qlora":
+        raise ValueError("qlora can be traced only with our own decoder: the 4-bit kernels that PEFT uses run on GPUs alone")
+    else:
+        model, loss_of = hugging_face_model(config, lora, DTYPES[dtype], checkpointing)
     opt = OPTIMIZERS[optimizer]([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
     ids, targets = (torch.randint(config.vocab_size, (batch, seq)) for _ in range(2))  # (B, T)
 
@@ -72,8 +76,12 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
     return step
 
 
-def our_model(config: LlamaConfig, lora: LoRAConfig | None, dtype: torch.dtype, checkpointing: bool):
+def our_model(config: LlamaConfig, lora: LoRAConfig | None, dtype: torch.dtype, checkpointing: bool, four_bit: bool):
     model = Llama(config, seed=0).to(dtype)
+    if four_bit:
+        from ..quant import quantise_model
+
+        quantise_model(model)
     if lora:
         inject(model, lora)
     model.model.checkpointing = checkpointing

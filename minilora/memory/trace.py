@@ -35,6 +35,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..insert import table
+from ..layers import quantised
 from .cuda import CUBLAS_WORKSPACE, CachingAllocator, follow_cuda, rounded
 
 aten = torch.ops.aten
@@ -223,7 +224,7 @@ class Trace(TorchDispatchMode):
                     self.name(p, "trainable weights" if p.requires_grad else "frozen weights", name)
                     self.name(p.grad, "gradients", name)
                 for b in m.buffers(recurse=False):
-                    self.name(b, "buffers", name)
+                    self.name(b, "quantised weights" if quantised(m) else "buffers", name)
         self.modules.append(self.names[module])
 
     def leave_module(self, module: nn.Module, args, output) -> None:
