@@ -1,4 +1,4 @@
-"""The allocation trace: against real runs, against the CPU's own allocator, against sums by hand, and where CUDA differs."""
+"""The allocation trace: against real runs, the CPU's own allocator and sums by hand; and where CUDA differs."""
 
 import importlib
 import json
@@ -67,7 +67,8 @@ def mlp_step(**options):
 CELLS = {
     "ours, full": llama_step(method="full", dtype="float32"),
     "ours, full, bf16, checkpointing": llama_step(method="full", checkpointing=True),
-    "ours, full, autocast, checkpointing": llama_step(method="full", dtype="float32", autocast=True, checkpointing=True),
+    "ours, full, autocast, checkpointing": llama_step(method="full", dtype="float32", autocast=True,
+                                                      checkpointing=True),
     "ours, full, bf16, momentum": llama_step(method="full", optimizer="momentum"),
     "ours, LoRA": llama_step(dtype="float32"),
     "ours, LoRA q v, bf16": llama_step(target_modules=("q_proj", "v_proj")),
@@ -99,7 +100,8 @@ def test_with_the_cpus_kernels_a_trace_is_a_real_runs_count_of_storages(cell):
     assert births(traced) == births(real)
     assert (traced.peak, traced.requested, traced.reserved) == (real.peak, real.requested, real.reserved)
     assert traced.parts == real.parts and sum(traced.parts.values()) == traced.peak
-    assert [(b.bytes, b.kind, b.module, b.op) for b in traced.held] == [(b.bytes, b.kind, b.module, b.op) for b in real.held]
+    held, really = ([(b.bytes, b.kind, b.module, b.op) for b in t.held] for t in (traced, real))
+    assert held == really
     assert traced.timeline[0].requested == traced.timeline[-1].requested  # nothing of a step outlives it
 
 
@@ -231,7 +233,8 @@ N = ROW * WIDTH
 
 def test_dropout_keeps_a_mask_of_one_byte():
     assert made(lambda x: F.dropout(x, 0.1), (ROW, WIDTH)) == {"native_dropout": [2 * N, N]}
-    assert made(lambda x: F.dropout(x, 0.1), (ROW, WIDTH), kernels="cpu") == {"empty_like": [2 * N], "mul.Tensor": [2 * N]}
+    assert made(lambda x: F.dropout(x, 0.1), (ROW, WIDTH), kernels="cpu") == {"empty_like": [2 * N],
+                                                                              "mul.Tensor": [2 * N]}
     assert made(lambda x: F.dropout(x, 0.1, training=False) * 2, (ROW, WIDTH)) == {"mul.Tensor": [2 * N]}
 
 
@@ -385,7 +388,7 @@ def test_errors_say_what_to_do():
     ({"rank": 0}, "rank must be a positive integer, got 0"),
     ({"rank": 40}, "rank 40 is larger"),
     ({"target_modules": ("q_porj",)}, "'q_porj' matches no module; near it: q_proj"),
-    ({"config": gpt2, "method": "qlora"}, "qlora can be traced only with our own decoder"),
+    ({"config": gpt2, "method": "qlora"}, "qlora can be traced only with our decoder"),
     ({"config": dict}, "expected a LlamaConfig or the config of a causal language model of transformers', got a dict"),
 ])
 def test_a_step_that_makes_no_sense_is_refused(options, says):

@@ -1,7 +1,8 @@
 """What PyTorch does on CUDA: how its allocator rounds and keeps memory, and which kernels and dtypes it would choose.
 
 From the sources of PyTorch 2.13: c10/cuda/CUDACachingAllocator.cpp, ATen/native/transformers/cuda/sdp_utils.cpp,
-ATen/autocast_mode.h, ATen/cuda/CUDABlas.cpp.
+ATen/autocast_mode.h, ATen/cuda/CUDABlas.cpp. Not followed: softmax of fp16 into fp32, which CUDA does without an fp32
+copy of its input; expandable segments and other settings of the allocator.
 """
 
 import warnings
@@ -77,7 +78,7 @@ def rounded(size: int) -> int:
 
 # ---------------------------------------------------------------- what CUDA does otherwise
 
-# CUDA's autocast runs these in fp32, the CPU's does not (ATen/autocast_mode.h); the second row only if no dtype is asked
+# CUDA's autocast runs these in fp32, the CPU's does not; those of the second row only if no dtype is asked for
 IN_FP32 = ("exp", "log", "reciprocal", "rsqrt", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "softplus",
            "layer_norm", "native_layer_norm", "rms_norm", "group_norm", "logsumexp")
 TO_FP32 = ("softmax.int", "log_softmax.int", "cumsum", "cumprod", "sum", "sum.dim_IntList", "linalg_vector_norm")
@@ -85,8 +86,8 @@ NOT_CAST = ("cross_entropy_loss", "cat", "stack")  # the CPU's autocast casts th
 
 
 def follow_cuda(stack: ExitStack) -> None:
-    """Until `stack` closes, make PyTorch choose on the CPU as it does on CUDA: fused attention and norms, dropout's mask,
-    what autocast casts, and optimizers that take all parameters at once (foreach)."""
+    """Until `stack` closes, make PyTorch choose on the CPU as it does on CUDA: attention and norms fused, dropout's mask
+    in bytes, what autocast casts, and optimizers that take all parameters at once (foreach)."""
     library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that kernels are replaced

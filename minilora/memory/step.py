@@ -26,9 +26,9 @@ OPTIMIZERS = {
 }
 
 
-def training_step(config, method: str = "lora", rank: int = 16, target_modules=ALL_LINEAR, batch: int = 1, seq: int = 512,
-                  optimizer: str = "adamw", dtype: str = "bfloat16", autocast: bool = False, checkpointing: bool = False,
-                  dropout: float = 0.0) -> Callable[[], None]:
+def training_step(config, method: str = "lora", rank: int = 16, target_modules=ALL_LINEAR, batch: int = 1,
+                  seq: int = 512, optimizer: str = "adamw", dtype: str = "bfloat16", autocast: bool = False,
+                  checkpointing: bool = False, dropout: float = 0.0) -> Callable[[], None]:
     """Make a model, its data and its optimizer; return the function that runs one step of training on them.
 
     Call it inside `with fake():` for a step to trace (``measure(step)``), outside for one that really runs.
@@ -36,7 +36,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
     Args:
         config: a `LlamaConfig` (our decoder, our LoRA layers), or a config of transformers' (its causal language model,
             adapters by PEFT; both must be installed).
-        method: "full": every weight trains; "lora": only adapters; "qlora" (our decoder only): adapters on a 4-bit base.
+        method: "full": every weight trains; "lora": only adapters; "qlora": adapters on a 4-bit base (ours only).
         rank, target_modules, dropout: LoRA's, as in `LoRAConfig`.
         batch, seq: rows, and tokens in each.
         optimizer: "adamw", "sgd", "momentum" or "adafactor", as torch has them.
@@ -47,10 +47,12 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
     Raises:
         ValueError: an unknown name, a size below 1 or above the context, or transformers or peft missing.
     """
-    for what, value, known in (("method", method, METHODS), ("optimizer", optimizer, OPTIMIZERS), ("dtype", dtype, DTYPES)):
+    for what, value, known in (("method", method, METHODS), ("optimizer", optimizer, OPTIMIZERS),
+                               ("dtype", dtype, DTYPES)):
         if value not in known:
             near = get_close_matches(str(value), known, n=1)
-            raise ValueError(f"no {what} {value!r}, expected one of {', '.join(known)}" + (f"; near: {near[0]}" * bool(near)))
+            raise ValueError(f"no {what} {value!r}, expected one of {', '.join(known)}"
+                             + (f"; near: {near[0]}" if near else ""))
     for what, value in (("batch", batch), ("seq", seq)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{what} must be a positive integer, got {value!r}")
@@ -60,7 +62,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
     if isinstance(config, LlamaConfig):
         model, loss_of = our_model(config, lora, DTYPES[dtype], checkpointing, method == "qlora")
     elif method == "qlora":
-        raise ValueError("qlora can be traced only with our own decoder: the 4-bit kernels that PEFT uses run on GPUs alone")
+        raise ValueError("qlora can be traced only with our decoder: the 4-bit kernels that PEFT uses are for GPUs")
     else:
         model, loss_of = hugging_face_model(config, lora, DTYPES[dtype], checkpointing)
     opt = OPTIMIZERS[optimizer]([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
@@ -116,7 +118,7 @@ def need(package: str):
 
 def trace_command(parser, arguments: list[str]) -> None:
     """``python -m minilora trace --config FOLDER``: trace a step of the architecture in the folder's config.json."""
-    parser.add_argument("--config", type=Path, required=True, help="folder with a Hugging Face config.json, or the file")
+    parser.add_argument("--config", type=Path, required=True, help="a Hugging Face config.json, or its folder")
     parser.add_argument("--method", default="lora", help=" or ".join(METHODS))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", default=ALL_LINEAR, help="modules to adapt, commas between them")
@@ -130,9 +132,9 @@ def trace_command(parser, arguments: list[str]) -> None:
     parser.add_argument("--kernels", default="cuda", help="cuda or cpu: whose kernels and dtypes to follow")
     parser.add_argument("--json", action="store_true")
     options = vars(parser.parse_args(arguments))
-    folder, kernels, as_json = (options.pop(name) for name in ("config", "kernels", "json"))
-    targets = options.pop("targets")
-    file = folder / "config.json" if folder.is_dir() else folder
+    file, kernels, as_json, targets = (options.pop(name) for name in ("config", "kernels", "json", "targets"))
+    options["target_modules"] = targets if targets == ALL_LINEAR else targets.split(",")
+    file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"there is no {file}; expected the folder of a Hugging Face model, with a config.json")
     transformers = need("transformers")
@@ -141,6 +143,6 @@ def trace_command(parser, arguments: list[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a model without weights
         with fake():
-            step = training_step(config, target_modules=targets if targets == ALL_LINEAR else targets.split(","), **options)
+            step = training_step(config, **options)
         t = measure(step, kernels)
     print(json.dumps(t.to_dict()) if as_json else t)

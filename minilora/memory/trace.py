@@ -54,7 +54,7 @@ class Fake(FakeTensorMode):
         except DynamicOutputShapeException:
             raise ValueError(f"{func} gives a shape that depends on data, and fake tensors have none: take it out of "
                              "the step, or trace a real run (real=True)") from None
-        # torch's memo of conversions refers weakly to tensors, and `module.to(dtype)` swaps only those without referrers
+        # torch's memo of conversions refers weakly to tensors, and `module.to(dtype)` swaps none that are
         self.fake_tensor_converter.meta_converter.tensor_memo.clear()
         return out
 
@@ -69,7 +69,7 @@ def fake() -> Fake:
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """One storage: what it is, which operator of which module made it, and when it lived, as indices in the timeline."""
+    """One storage: what it is, which operator of which module made it, and when it lived (indices in the timeline)."""
 
     bytes: int
     kind: str
@@ -101,8 +101,8 @@ class Trace(TorchDispatchMode):
     """Follows every storage of the operators that run inside it; `trace` makes one. After it:
 
     Attributes:
-        peak, requested, reserved: the largest number of bytes live at once: each storage rounded up to 512, as asked for,
-            and as held by the caching allocator.
+        peak, requested, reserved: the most bytes live at once: each storage rounded up to 512, as asked for, and as
+            held by the caching allocator.
         moment: the `Moment` of the peak.
         parts: kind -> allocated bytes at the peak; they sum to `peak`.
         held: the `Block`s alive at the peak, the largest first.
@@ -126,11 +126,12 @@ class Trace(TorchDispatchMode):
         with ExitStack() as stack:
             if not self.real:
                 stack.enter_context(FAKE)
-                # some code asks whether a tensor is fake, or of a known type, and then does otherwise than in a real run
+                # some code asks whether a tensor is fake, or of which type, and then does otherwise than in a real run
                 for home in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
                     stack.enter_context(patch(f"{home}._foreach_supported_types", [Tensor, nn.Parameter, FakeTensor]))
                 if "transformers.utils.import_utils" in sys.modules:
-                    stack.enter_context(patch("transformers.utils.import_utils.is_fake_tensor", lambda x: False, create=True))
+                    name = "transformers.utils.import_utils.is_fake_tensor"
+                    stack.enter_context(patch(name, lambda x: False, create=True))
             if self.cuda:
                 follow_cuda(stack)
             for hook in (register_module_forward_pre_hook(self.enter_module),
@@ -296,9 +297,9 @@ class Trace(TorchDispatchMode):
             f"peak {self.peak:,} bytes = {self.peak / 2**30:.2f} GiB, at: {self.moment}",
             table(("held then", "bytes", "", ""), rows),
             table(("most of it", "module", "made by", "bytes"), most),
-            f"requested {self.requested:,}, reserved by the allocator {self.reserved:,} bytes. Not counted: scratch inside "
-            f"kernels, cuBLAS's workspace\n({CUBLAS_WORKSPACE['Hopper, Blackwell']:,} bytes on Hopper, "
-            f"{CUBLAS_WORKSPACE['other cards']:,} on other cards), the CUDA context"))
+            f"requested {self.requested:,} bytes, reserved by the allocator {self.reserved:,}\n"
+            f"not counted: scratch inside kernels, the CUDA context, cuBLAS's workspace "
+            f"({', '.join(f'{n:,} bytes on {card}' for card, n in CUBLAS_WORKSPACE.items())})"))
 
 
 def tensors(x) -> Iterator[Tensor]:
