@@ -139,6 +139,52 @@ def test_the_count_of_storages_is_what_the_cpus_allocator_gave(cell, monkeypatch
     assert counted == allocated and len(counted) > 2 and max(counted) > 0
 
 
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        square = (x * x).mul_(grad)
+        return square + square + square  # a sum, but no meeting of gradients
+
+
+MEETINGS = {  # what becomes of h, to which two gradients or more come back
+    "fresh ones": lambda h: h.sin() * h.cos(),
+    "three": lambda h: h.sin() * h.cos() * h.tanh(),
+    "around a layer": lambda h: (h + h.sin().tanh()).exp(),
+    "around two layers": lambda h: (lambda g: g + g.sin().tanh())(h + h.cos().tanh()),
+    "the same one twice": lambda h: (h + h).exp(),
+    "a view": lambda h: (h.sin().tanh() + h.view(10, 100).cos().view(-1).tanh()).exp(),
+    "transposed": lambda h: h.view(10, 100).t().tanh() * h.view(100, 10).sin(),
+    "expanded": lambda h: h.sum() * h.sin().sum(),
+    "of a function in Python": lambda h: Cube.apply(h) * Cube.apply(h.sin()),
+}
+
+
+@pytest.mark.parametrize("meeting", MEETINGS)
+def test_gradients_that_meet_are_added_in_place_as_when_nobody_watches(meeting):
+    x = torch.randn(1000, requires_grad=True)
+
+    def step():
+        x.grad = None
+        MEETINGS[meeting](x.exp()).sum().backward()
+
+    step()
+    with trace(real=True) as t:
+        step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    most = live = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        live += event.nbytes() if event.name() == "[memory]" else 0
+        most = max(most, live)
+    assert t.requested - t.timeline[0].requested == most
+
+
 # By hand
 
 
@@ -318,6 +364,15 @@ def test_nothing_of_cuda_stays_behind_not_even_after_an_error():
     assert F.dropout(x, 0.1).grad_fn.name() == "MulBackward0"
     assert type(x + 1) is torch.Tensor and torch.isfinite(F.rms_norm(x, (8,))).all()
     assert globals_of_torch() == before
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if "checkpointing" in cell])
+def test_checkpointing_goes_with_cudas_kernels(cell):
+    with fake():
+        t = measure(CELLS[cell]())
+    assert {"recomputation", "backward", "optimizer"} <= {moment.phase for moment in t.timeline}
+    assert sum(t.parts.values()) == t.peak and t.timeline[0].requested == t.timeline[-1].requested
 
 
 # The allocator

@@ -86,7 +86,7 @@ NOT_CAST = ("cross_entropy_loss", "cat", "stack")  # the CPU's autocast casts th
 
 
 def follow_cuda(stack: ExitStack) -> None:
-    """Until `stack` closes, make PyTorch choose on the CPU as it does on CUDA: attention and norms fused, dropout's mask
+    """Until `stack` closes, let PyTorch choose on the CPU as it does on CUDA: attention and norms fused, dropout's mask
     in bytes, what autocast casts, and optimizers that take all parameters at once (foreach)."""
     library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
     with warnings.catch_warnings():
@@ -143,8 +143,9 @@ class FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return tuple(torch.empty_like(t) if needed else None
-                     for t, needed in zip((ctx.saved_tensors[0], None, ctx.saved_tensors[1]), ctx.needs_input_grad))
+        x, weight, _ = ctx.saved_tensors  # once: checkpointing computes them again at this moment
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        return dx, None, torch.empty_like(weight) if ctx.needs_input_grad[2] else None
 
 
 def dropout(x: Tensor, p: float, train: bool) -> Tensor:

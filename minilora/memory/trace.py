@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 from unittest.mock import patch
 from weakref import ref
@@ -123,6 +124,7 @@ class Trace(TorchDispatchMode):
         self.optimizing = False
 
     def __enter__(self):
+        sole_references()  # measured before anything is replaced
         with ExitStack() as stack:
             if not self.real:
                 stack.enter_context(FAKE)
@@ -157,11 +159,15 @@ class Trace(TorchDispatchMode):
             return func(*args, **kwargs)
         for t in tensors((args, kwargs)) if func is not aten.lift_fresh.default else ():  # torch.tensor's is born here
             if not (self.real or isinstance(t, FakeTensor)):
-                raise ValueError(f"a real tensor of shape {tuple(t.shape)} met the fake ones in {func}: make the model, "
-                                 "its data and its optimizer inside `with fake():`, or trace a real run (real=True)")
+                raise ValueError(f"a real tensor of shape {tuple(t.shape)} met the fake ones in {func}: make model, "
+                                 "data and optimizer inside `with fake():`, or trace a real run (real=True)")
             self.name(t)
         self.where = self.place(func)
+        in_place = func is aten.add.Tensor and self.where[0] == "backward" and adds_up_gradients(*args)
         out = func(*args, **kwargs)
+        if in_place and (block := self.block(args[0])):  # the first gradient's storage becomes the sum's
+            del self.live[args[0].untyped_storage()._cdata]
+            self.follow(out, block)
         if self.cuda and func is aten.native_layer_norm.default:  # mean and 1 / std, on the CPU in the dtype of x
             out = out[0], *(t.float() for t in out[1:])
         phase, module, op = self.where
@@ -300,6 +306,43 @@ class Trace(TorchDispatchMode):
             f"requested {self.requested:,} bytes, reserved by the allocator {self.reserved:,}\n"
             f"not counted: scratch inside kernels, the CUDA context, cuBLAS's workspace "
             f"({', '.join(f'{n:,} bytes on {card}' for card, n in CUBLAS_WORKSPACE.items())})"))
+
+
+def adds_up_gradients(a: Tensor, b: Tensor) -> bool:
+    """Whether this sum would be in place if nobody watched.
+
+    Where two gradients of one tensor meet, autograd adds the second to the first if nothing else holds that
+    (torch/csrc/autograd/input_buffer.cpp). While a dispatch mode looks on it makes a new tensor for the sum.
+    """
+    frame = sys._getframe(2)
+    while frame.f_code.co_filename.endswith(("_compile.py", "eval_frame.py")):  # torch's wrappers of dispatch modes
+        frame = frame.f_back
+    if frame.f_code is not torch.autograd.graph._engine_run_backward.__code__:  # a backward written in Python
+        return False
+    return a.nbytes == a.untyped_storage().nbytes() and references(a) == sole_references()
+
+
+def references(t: Tensor) -> tuple[int, int]:
+    """How many hold the tensor, and how many its storage."""
+    return t._use_count(), torch._C._storage_Use_Count(t.untyped_storage()._cdata)
+
+
+@cache
+def sole_references() -> tuple[int, int]:
+    """What `references` says in a dispatch mode of a gradient that only autograd holds: measured on one that is so."""
+    found = []
+
+    class Probe(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is aten.add.Tensor:
+                found.append(references(args[0]))
+            return func(*args, **kwargs or {})
+
+    x = torch.ones(2, requires_grad=True) * 1
+    y = (x.sin() * x.cos()).sum()
+    with Probe():
+        y.backward()
+    return found[0]
 
 
 def tensors(x) -> Iterator[Tensor]:
