@@ -16,7 +16,7 @@ from .models import ModelSpec, near
 from .play import OPTIMIZERS, play
 from .tape import WIDTH, Tape
 
-METHODS = ("full", "lora")
+METHODS = ("full", "lora", "qlora")
 IMPLEMENTATIONS = ("minilora", "transformers")
 ATTENTION = ("fused", "eager")
 PARTS = ("frozen weights", "trainable weights", "adapters", "optimizer", "gradients", "activations",
@@ -28,7 +28,8 @@ class Training:
     """A training step.
 
     Args:
-        method: "full" (every weight trains), "lora".
+        method: "full" (every weight trains), "lora", "qlora" (LoRA on a base whose linears, but for the head, are NF4).
+        double_quant: quantise the blocks' absmax too (QLoRA, section 3).
         rank, target_modules, dropout: LoRA's, as in `LoRAConfig`; targets None: what PEFT adapts in this family.
         batch, seq: rows, and tokens in each.
         optimizer: "adamw", "sgd", "momentum", "adafactor", "lion", "adamw8bit".
@@ -53,6 +54,7 @@ class Training:
     autocast: bool = False
     checkpointing: bool = False
     dropout: float = 0.0
+    double_quant: bool = True
     implementation: str = "minilora"
     attention: str = "fused"
 

@@ -5,46 +5,94 @@ width, V the vocabulary, r the rank; sizes are element counts.
 """
 
 from .models import Linear, ModelSpec
-from .tape import WIDTH, Tape, Tensor
+from .tape import WIDTH, Tape, Tensor, as_view
+
+
+POWER = ("power", "scaled power", "gradient")  # what the derivative of a power allocates
+PLUS_EPS, INVERSE_ROOT = ("mean + eps", "", ()), ("1 / rms", "output", POWER)
 
 
 class Matrix:
-    """One linear of one layer: its weight, and our adapter if it is a target."""
+    """One linear of one layer: its weight, dense or in 4 bits, and our adapter if it is a target."""
 
     def __init__(self, tape: Tape, linear: Linear, run, adapted: bool):
-        self.tape, self.linear, self.run = tape, linear, run
-        self.weight = tape.weight(linear.out * linear.inp, WIDTH[run.dtype], linear.name, run.method == "full", linear.out)
-        self.bias = self.A = self.B = None
+        self.tape, self.linear, self.run, self.width = tape, linear, run, WIDTH[run.dtype]
+        self.weight = self.codes = self.bias = self.A = self.B = None
+        size = linear.out * linear.inp
+        if run.method == "qlora":
+            self.codes = tape.four_bit(size, linear.name, run.double_quant)
+        else:
+            self.weight = tape.weight(size, self.width, linear.name, run.method == "full", linear.out)
         if linear.bias:
-            self.bias = tape.weight(linear.out, WIDTH[run.dtype], f"{linear.name} bias", run.method == "full")
+            self.bias = tape.weight(linear.out, self.width, f"{linear.name} bias", run.method == "full")
         if adapted:
             self.A = tape.state(run.rank * linear.inp, 4, "adapters", f"{linear.name} lora_A", True, run.rank)
             self.B = tape.state(run.rank * linear.out, 4, "adapters", f"{linear.name} lora_B", True, linear.out)
+            self.B.node.copies = run.implementation == "minilora"
 
     def __call__(self, x: Tensor) -> Tensor:
         with self.tape.inside(self.linear.name):
             return self.base(x) if self.A is None else self.adapted(x)
 
     def base(self, x: Tensor) -> Tensor:
+        if self.codes:
+            return self.four_bit_base(x)
         return self.tape.linear(x, self.weight, self.linear.out, self.bias)
+
+    def four_bit_base(self, x: Tensor) -> Tensor:
+        """`quant.Linear4bitFunction`: keeps nothing, makes the dense weight in forward and again in backward."""
+        tape, inp, out, rows, x_width = self.tape, self.linear.inp, self.linear.out, x.count // self.linear.inp, x.width
+
+        def backward(saved, grads, needs):
+            w = self.dequantise(grads[0].width)
+            dx = tape.new(rows * inp, grads[0].width, "input gradient")
+            del w
+            return [tape.cast(dx, x_width)]
+
+        node = tape.node("linear in 4 bits", [x], [], backward)
+        with tape.unrecorded():
+            x = tape.amp(x)
+            y = tape.linear(x, self.dequantise(x.width), out)
+        y.node = node
+        return y
+
+    def dequantise(self, width: int) -> Tensor:
+        """`quant.dequantise`: piece by piece of 2^24 weights, through the table of all pairs of levels."""
+        tape, blocks = self.tape, -(-self.linear.out * self.linear.inp // 64)
+        levels = tape.new(16, 4, "levels")
+        table = tape.new(512, 4, "pairs of levels")  # on a real device it is kept from one call to the next
+        del levels
+        absmax = None
+        if self.run.double_quant:
+            absmax = tape.new(blocks, 4, "absmax")
+            if blocks % 256:
+                absmax = tape.new(-(-blocks // 256) * 256, 4, "absmax")
+        w = tape.new(blocks * 64, width, "dense weight")
+        for start in range(0, blocks, 2**18):
+            here = min(2**18, blocks - start)
+            numbers = tape.new(here * 32, 4, "codes as numbers")
+            pairs = tape.new(here * 32, 8, "pairs of levels")
+            del numbers
+        return w
 
     def adapted(self, x: Tensor) -> Tensor:
         """`layers.LoRAFunction`: the adapter's part is added in place, and x, A and B are all that is kept."""
         tape, inp, out, rank, rows = self.tape, self.linear.inp, self.linear.out, self.run.rank, x.count // self.linear.inp
         with tape.unrecorded():
+            seen = self.dropped(x)[0]  # N in
+            a = tape.cast(self.A, x.width)
+            a, thin = (tape.cast(t, tape.amp_width(t)) for t in (a, seen))
+            inner = tape.new(rows * rank, thin.width, "x A^T")
+            del a, thin
             y = self.base(x)  # N out
-            seen = self.dropped(tape.cast(x, y.width))[0]  # N in
-            a = tape.cast(self.A, y.width)
-            inner = tape.new(rows * rank, y.width, "x A^T")
-            del a
             b = tape.cast(self.B, y.width)
             del b, inner, seen
 
         def backward(saved, grads, needs):
             x, A, B, W = saved
             width = grads[0].width
-            x_again, a, b = tape.cast(x, width), tape.cast(A, width), tape.cast(B, width)
-            seen, mask = self.dropped(x_again)
+            seen, mask = self.dropped(x)
+            seen, a, b = tape.cast(seen, width), tape.cast(A, width), tape.cast(B, width)
             inner = tape.new(rows * rank, width, "gradient of x A^T")
             dA = tape.cast(tape.new(rank * inp, width, "gradient of lora_A"), A.width)
             again = tape.new(rows * rank, width, "x A^T again")
@@ -52,13 +100,15 @@ class Matrix:
             del again
             dB, dx = tape.cast(dB, B.width), None
             if needs[0]:
+                W = self.dequantise(self.width) if W is None else W
                 w = tape.cast(W, width)
                 dx = tape.new(rows * inp, width, "input gradient")
                 del w
                 if mask:
                     through_adapter = tape.new(rows * inp, width, "input gradient of the adapter")
-                    del through_adapter
-                dx = tape.cast(dx, x.width)
+                    mask = tape.cast(mask, width)
+                    del through_adapter, mask
+                dx = tape.cast(as_view(dx), x.width)
             return dx, dA, dB
 
         node = tape.node("lora", [x, self.A, self.B], [], backward, late=True)
@@ -126,12 +176,8 @@ class Decoder:
 
     def mean_square(self, wide: Tensor) -> Tensor:
         """Of every row, (N,)."""
-        square = self.tape.unary(wide, "square", "input", ("power", "scaled power", "gradient"))
+        square = self.tape.unary(wide, "square", "input", POWER)
         return self.tape.unary(square, "mean", count=wide.count // self.spec.hidden)
-
-    def inverse_root(self, mean: Tensor) -> Tensor:
-        return self.tape.unary(self.tape.unary(mean, "mean + eps", backward=()), "1 / rms", "output",
-                               ("power", "scaled power", "gradient"))
 
     def fused_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`scaled_dot_product_attention`, causal: the kernel that CUDA chooses."""
@@ -179,7 +225,7 @@ class OurDecoder(Decoder):
             if x.width == weight.width == 4:
                 return tape.rms_norm(x, weight)
             wide = tape.cast(x, 4)
-            wide = tape.mul(wide, self.inverse_root(self.mean_square(wide)))
+            wide = tape.mul(wide, tape.unary(tape.unary(self.mean_square(wide), *PLUS_EPS), *INVERSE_ROOT))
             return tape.mul(weight, tape.cast(wide, x.width), "output")
 
     def attention(self, x: Tensor, m: dict, tables: list[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ Sources: transformers 5, ``models/*/modeling_*.py`` and ``loss/loss_utils.py``; 
 Left out: position numbers and rotary frequencies, a few bytes a token.
 """
 
-from .blocks import Decoder, Matrix
+from .blocks import INVERSE_ROOT, PLUS_EPS, POWER, Decoder, Matrix
 from .models import ModelSpec
 from .tape import WIDTH, Tape, Tensor
 
@@ -155,11 +155,11 @@ class Transformers(Decoder):
             wide = tape.cast(x, 4)
             mean = self.mean_square(wide)
             if self.spec.family == "gemma2":
-                wide = tape.mul(wide, self.inverse_root(mean))
+                wide = tape.mul(wide, tape.unary(tape.unary(mean, *PLUS_EPS), *INVERSE_ROOT))
                 shifted = tape.unary(tape.cast(weight[0], 4), "1 + weight", backward=())
                 wide = tape.mul(wide, shifted)
                 return tape.cast(wide, x.width)
-            wide = tape.mul(wide, self.inverse_root(mean))
+            wide = tape.mul(wide, tape.unary(tape.unary(mean, *PLUS_EPS), *INVERSE_ROOT))
             return tape.mul(weight[0], tape.cast(wide, x.width), "output")
 
     # Attention
@@ -267,7 +267,7 @@ class Transformers(Decoder):
         tape = self.tape
 
         def inner(x: Tensor) -> Tensor:
-            cube = ("x^3", "input", ("power", "scaled power", "gradient"))
+            cube = ("x^3", "input", POWER)
             cube = tape.unary(tape.cast(x, 4) if tape.autocast else x, *cube)  # autocast takes powers in fp32
             cube = tape.unary(cube, "scaled x^3")
             return tape.add(x, cube)

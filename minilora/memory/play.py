@@ -10,9 +10,9 @@ from .tape import Tape, Tensor
 OURS = ("llama", "mistral", "qwen2")  # the families that `llama.Llama` is
 
 
-def play(spec: ModelSpec, run, layers: int, watched: bool = False) -> Tape:
-    """A step of `layers` layers, from the second on: the optimizer has its state. For `watched` see `Tape`."""
-    tape = Tape(autocast=run.autocast, watched=watched)
+def play(spec: ModelSpec, run, layers: int) -> Tape:
+    """A step of `layers` layers, from the second on: the optimizer has its state."""
+    tape = Tape(autocast=run.autocast)
     ours = run.implementation == "minilora" and spec.family in OURS
     model = (OurDecoder if ours else Transformers)(tape, spec, run, layers)
     make_state, update = OPTIMIZERS[run.optimizer]

@@ -43,11 +43,12 @@ class Storage:
 class Tensor:
     """`count` elements of `width` bytes in a storage, made by a node of the graph (or by none)."""
 
-    __slots__ = ("count", "width", "storage", "node", "slot", "grad")
+    __slots__ = ("count", "width", "storage", "node", "slot", "is_view", "grad")
 
-    def __init__(self, count: int, width: int, storage: Storage, node: "Node | None" = None, slot: int = 0):
+    def __init__(self, count: int, width: int, storage: Storage, node: "Node | None" = None, slot: int = 0,
+                 is_view: bool = True):
         self.count, self.width, self.storage, self.node, self.slot = count, width, storage, node, slot
-        self.grad = None  # of a leaf
+        self.is_view, self.grad = is_view, None  # grad: of a leaf
 
     @property
     def needs(self) -> bool:
@@ -57,12 +58,13 @@ class Tensor:
 class Node:
     """One step of backward. `edges`: per input the (node, slot) that made it, its count and width; None: no gradient."""
 
-    __slots__ = ("order", "place", "name", "edges", "saved", "backward", "leaf")
+    __slots__ = ("order", "place", "name", "edges", "saved", "backward", "leaf", "copies")
 
     def __init__(self, order: float, place: tuple, name: str, edges: list, backward: Callable | None):
         self.order, self.place, self.name, self.edges, self.backward = order, place, name, edges, backward
         self.saved: list | None = []
         self.leaf: Tensor | None = None
+        self.copies = False  # a leaf whose gradient comes transposed, so that it must be laid out anew
 
 
 class Frame:
@@ -81,8 +83,15 @@ class Kept:
 
 
 def held_elsewhere(t: Tensor) -> bool:
-    """Whether anyone but the buffer it lies in holds this tensor's storage (one reference more each is this call's)."""
-    return sys.getrefcount(t) > 3 or sys.getrefcount(t.storage) > 2
+    """Whether anyone but the buffer it lies in holds this gradient's storage: another tensor, or what it is a view of.
+
+    torch then adds another gradient to it out of place (input_buffer.cpp); three references and two are those of here.
+    """
+    return t.is_view or sys.getrefcount(t) > 3 or sys.getrefcount(t.storage) > 2
+
+
+def as_view(t: Tensor) -> Tensor:
+    return Tensor(t.count, t.width, t.storage)
 
 
 class Enough(Exception):
@@ -96,14 +105,12 @@ class Tape:
         items: every storage there was. moments: one (phase, layer, what) per operator that allocated.
         leaves: what trains, with its number of rows.
         align: storages are rounded up to a multiple of it, as CUDA's allocator does.
-        watched: torch adds out of place what it otherwise adds in place (gradients that meet, attention's mask) while a
-            dispatch mode looks on, as the trace's does.
     """
 
-    def __init__(self, align: int = 512, autocast: bool = False, watched: bool = False):
+    def __init__(self, align: int = 512, autocast: bool = False):
         self.items: list[Item] = []
         self.moments: list[tuple[str, int | None, str]] = [("start", None, "")]
-        self.align, self.autocast, self.watched = align, autocast, watched
+        self.align, self.autocast = align, autocast
         self.place: tuple[str, int | None] = ("start", None)  # phase and layer
         self.module, self.part, self.order = "", "temporaries", 0
         self.recording = True  # inside a no_grad, or an operator's own code, nothing is recorded
@@ -122,7 +129,7 @@ class Tape:
         size = -(-count * width // self.align) * self.align
         item = Item(part or self.part, f"{self.module} {what}".strip(), size, len(self.moments) - 1)
         self.items.append(item)
-        return Tensor(count, width, Storage(self, item), node, slot)
+        return Tensor(count, width, Storage(self, item), node, slot, is_view=False)
 
     def state(self, count: int, width: int, part: str, name: str, trains: bool = False, rows: int = 0) -> Tensor:
         """What is there before the step: a weight (of so many rows, 0 for a vector), a buffer, an optimizer's state."""
@@ -134,6 +141,12 @@ class Tape:
             t.node.name = name
             self.leaves.append((t, rows))
         return t
+
+    def four_bit(self, count: int, name: str, double: bool = True) -> list[Tensor]:
+        """A weight as `quant.Linear4bit` keeps it: codes, absmax of each block of 64, and their scales and mean."""
+        blocks = -(-count // 64)
+        sizes = [(blocks * 32, 1), (blocks, 1 if double else 4), *[(-(-blocks // 256), 4), (1, 4)] * double]
+        return [self.state(*size, "frozen weights", f"{name} in 4 bits") for size in sizes]
 
     def weight(self, count: int, width: int, name: str, trains: bool, rows: int = 0) -> Tensor:
         return self.state(count, width, "trainable weights" if trains else "frozen weights", name, trains, rows)
@@ -224,7 +237,7 @@ class Tape:
                     here = buffers.setdefault(child, {})
                     if slot not in here:
                         here[slot] = grad
-                    elif self.watched or held_elsewhere(here[slot]):
+                    elif held_elsewhere(here[slot]):
                         here[slot] = self.new(grad.count, grad.width, "sum of gradients")
                     grad = here = None
                 waiting[child] -= 1
@@ -235,8 +248,8 @@ class Tape:
     def apply(self, node: Node, grads: dict[int, Tensor]) -> list[Tensor | None]:
         """The gradients of a node's inputs, in the inputs' sizes; what the node kept is let go."""
         if node.leaf is not None:
-            node.leaf.grad = grads[0]
-            grads[0].storage.item.part, grads[0].storage.item.name = "gradients", node.name
+            grad = node.leaf.grad = self.new(grads[0].count, grads[0].width, "") if node.copies else grads[0]
+            grad.storage.item.part, grad.storage.item.name = "gradients", node.name
             return []
         saved = []
         for t in node.saved:
@@ -345,7 +358,7 @@ class Tape:
         """x in another shape; a node of its own, which may have to lay the gradient out anew."""
         count, width = x.count, x.width
         node = self.node("view", [x], [], lambda s, g, n: [
-            self.new(count, width, "gradient, laid out") if copy_back else g[0]])
+            self.new(count, width, "gradient, laid out") if copy_back else as_view(g[0])])
         return Tensor(x.count, x.width, x.storage, node)
 
     def linear(self, x: Tensor, w: Tensor, out: int, bias: Tensor | None = None, what: str = "output") -> Tensor:
@@ -357,7 +370,7 @@ class Tape:
 
         def back(saved, grads, needs):
             dw = self.new(out * inp, width, "weight gradient") if needs[1] else None
-            dx = self.new(rows * inp, width, "input gradient") if needs[0] else None
+            dx = as_view(self.new(rows * inp, width, "input gradient")) if needs[0] else None
             db = self.new(out, width, "bias gradient") if needs[2] else None
             return [dx, dw, db]
 
@@ -447,8 +460,6 @@ class Tape:
         scaled = self.unary(k, "scaled k")
         w = self.bmm(self.copy(q), scaled, scores, "scores")
         del scaled
-        if seq > 1 and self.watched:
-            w = self.unary(w, "masked scores", backward=())
         w = self.unary(w, "softmax", "output")
         return self.bmm(w, v, out, "output")
 
