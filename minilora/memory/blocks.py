@@ -17,6 +17,7 @@ class Matrix:
 
     def __init__(self, tape: Tape, linear: Linear, run, adapted: bool):
         self.tape, self.linear, self.run, self.width = tape, linear, run, WIDTH[run.dtype]
+        self.flat = linear.name in ("fc1", "fc2")  # OPT's MLP lays its tokens in one row
         self.weight = self.codes = self.bias = self.A = self.B = None
         size = linear.out * linear.inp
         if run.method == "qlora":
@@ -37,7 +38,7 @@ class Matrix:
     def base(self, x: Tensor) -> Tensor:
         if self.codes:
             return self.four_bit_base(x)
-        return self.tape.linear(x, self.weight, self.linear.out, self.bias)
+        return self.tape.linear(x, self.weight, self.linear.out, self.bias, flat=self.flat)
 
     def four_bit_base(self, x: Tensor) -> Tensor:
         """`quant.Linear4bitFunction`: keeps nothing, makes the dense weight in forward and again in backward."""

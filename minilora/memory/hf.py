@@ -20,8 +20,8 @@ class PeftMatrix(Matrix):
         result = self.base(x)
         width = result.width
         x = tape.cast(x, self.A.width)
-        inner = tape.linear(tape.dropout(x, self.run.dropout), self.A, rank, what="x A^T")
-        update = tape.linear(inner, self.B, out, what="x A^T B^T")
+        inner = tape.linear(tape.dropout(x, self.run.dropout), self.A, rank, what="x A^T", flat=self.flat)
+        update = tape.linear(inner, self.B, out, what="x A^T B^T", flat=self.flat)
         del inner
         update = tape.unary(update, "scaled update")
         result = tape.add(result, update, "sum with the update")
@@ -70,7 +70,9 @@ class Transformers(Decoder):
             held.append(tape.new((run.batch if spec.family == "opt" else 1) * run.seq, 8, "position numbers"))
         if spec.positions:
             with tape.inside("positions"):
-                held.append(tape.embedding(held[1], self.positions, spec.hidden))
+                numbers = held[1] if spec.family == "gpt2" else tape.new(held[1].count, 8, "position numbers + 2")
+                held.append(tape.embedding(numbers, self.positions, spec.hidden))
+                del numbers
                 x = tape.add(x, held[2])
                 if spec.family == "gpt2":
                     x = tape.dropout(x, spec.dropout)
@@ -124,7 +126,12 @@ class Transformers(Decoder):
             h = self.norm(h, norms[0])
         residual = h
         h = self.norm(h, norms[-2 if spec.layout.norms == 4 else -1]) if before else h
-        h = self.mlp(h, m)
+        if spec.family == "opt":
+            h = m["fc1"](h)
+            h = self.activate(h)
+            h = m["fc2"](h)
+        else:
+            h = self.mlp(h, m)
         if spec.layout.norms == 4:
             h = self.norm(h, norms[-1])
         h = tape.dropout(h, spec.dropout)

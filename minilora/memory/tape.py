@@ -361,17 +361,22 @@ class Tape:
             self.new(count, width, "gradient, laid out") if copy_back else as_view(g[0])])
         return Tensor(x.count, x.width, x.storage, node)
 
-    def linear(self, x: Tensor, w: Tensor, out: int, bias: Tensor | None = None, what: str = "output") -> Tensor:
-        """x (N in, .) -> (N out, .) by w (out in, .)."""
+    def linear(self, x: Tensor, w: Tensor, out: int, bias: Tensor | None = None, what: str = "output",
+               flat: bool = False) -> Tensor:
+        """x (N in, .) -> (N out, .) by w (out in, .). `flat`: x has two dimensions, so that nothing need be reshaped."""
         inp = w.count // out
         rows = x.count // inp
         bias, w, x = self.amp(bias), self.amp(w), self.amp(x)
-        width = x.width
+        width, biased = x.width, bias is not None
 
         def back(saved, grads, needs):
-            dw = self.new(out * inp, width, "weight gradient") if needs[1] else None
-            dx = as_view(self.new(rows * inp, width, "input gradient")) if needs[0] else None
+            dw = self.new(out * inp, width, "weight gradient") if needs[1] and not biased else None
+            dx = self.new(rows * inp, width, "input gradient") if needs[0] else None
+            dx = as_view(dx) if dx and not flat else dx
+            if needs[1] and biased:  # with a bias it comes second
+                dw = self.new(out * inp, width, "weight gradient")
             db = self.new(out, width, "bias gradient") if needs[2] else None
+            dw = dw and as_view(dw)
             return [dx, dw, db]
 
         node = self.node("linear", [x, w, bias], [w if x.needs else None, x if w.needs else None], back)
