@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from .adapters import insert_adapter, read_adapter
 from .config import is_number, need
-from .insert import lora_layers, put, remove, table, take
+from .insert import lora_layers, put, remove, take
 from .layers import LoRALayer, Wrapper, kind_of, widest
 from .spectrum import product_svd
+from .tables import table
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from .adapters import CONFIG, PREFIX, WEIGHTS, AdapterFile, keys_of, peft_config, read_adapter, write_adapter
 from .config import LoRAConfig, entry_matches
-from .insert import table
 from .spectrum import (LowRank, effective_rank, energy, extract_lora, frobenius, product_svdvals, rank_for_energy,
                        stable_rank, truncate)
+from .tables import table
 
 SHARE = 0.9  # of the energy, whose directions are counted
 LOSS = 0.05  # of the energy, that a truncation may cost for `inspect` to propose it

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import ALL_LINEAR, LoRAConfig
 from .insert import choose, inside_torch, replace, tied
-from .layers import LoRALayer, dense_weight, kind_of, no_autocast, quantised, shape_of
+from .layers import LoRALayer, dense_weight, kind_of, quantised, shape_of
 
 BLOCK, ABSMAX_BLOCK = 64, 256  # weights that share an absmax; absmax that share a scale
 FP8 = torch.float8_e4m3fn
@@ -228,7 +228,7 @@ class Linear4bitFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         dx = db = None
-        with no_autocast(grad):
+        with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 dx = (grad @ ctx.layer.dequantize(grad.dtype)).to(ctx.x_dtype)  # (..., in)
             if ctx.needs_input_grad[1]:
