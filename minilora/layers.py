@@ -287,6 +287,13 @@ class LoRALayer(Wrapper):
 
 
 def keep_mask(like: Tensor, dropout: float, seed: int) -> Tensor:
-    """Dropout's mask, 0 or 1 / (1 - dropout), of `like`'s shape; the same for the same seed."""
-    generator = torch.Generator(like.device).manual_seed(seed)
-    return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+    """Dropout's mask, 0 or 1 / (1 - dropout), of `like`'s shape; the same for the same seed.
+
+    It is drawn twice, in forward and in backward, so it has to be cheap: 16 random bits an entry, cut out of 64-bit
+    draws, cost a quarter of what ``bernoulli_`` does, and meet the share to 1 / 2^17.
+    """
+    generator, count = torch.Generator(like.device).manual_seed(seed), like.numel()
+    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=like.device)
+    draws.random_(-2**63, None, generator=generator)  # every 64-bit number is as likely
+    bits = draws.view(torch.int16)[:count].view(like.shape)  # -2^15 to 2^15 - 1
+    return torch.ge(bits, round(dropout * 2**16) - 2**15, out=torch.empty_like(like)).mul_(1 / (1 - dropout))

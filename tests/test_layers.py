@@ -151,6 +151,22 @@ def test_dropout_is_the_plain_form_with_the_mask_drawn_again(base):
         assert torch.allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.3, 0.5, 0.9, 0.999])
+def test_the_mask_drops_its_share_at_random(share):
+    like = torch.empty(1001, 999)
+    mask = keep_mask(like, share, 3)
+    dropped = (mask == 0).double()
+    deviation = (share * (1 - share) / mask.numel()) ** 0.5
+    assert abs(dropped.mean() - share) < 4 * deviation
+    assert mask.max().item() == pytest.approx(1 / (1 - share), rel=1e-6)
+    for dim in (0, 1):  # no row or column is favoured, and neighbours know nothing of each other
+        lines, n = dropped.mean(dim), mask.shape[dim]
+        assert (lines - share).square().mean() == pytest.approx(share * (1 - share) / n, rel=0.2)
+        both = (dropped.narrow(dim, 0, n - 1) * dropped.narrow(dim, 1, n - 1)).mean()
+        assert abs(both - share**2) < 6 * share * deviation + 1e-5
+    assert torch.equal(mask, keep_mask(like, share, 3)) and not torch.equal(mask, keep_mask(like, share, 4))
+
+
 def test_dropout_rests_in_eval_and_differs_from_call_to_call():
     layer = layer_on(nn.Linear(12, 7), dropout=0.5)
     x = torch.randn(4, 12)
