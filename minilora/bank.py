@@ -225,9 +225,9 @@ class RoutedLayer(Wrapper):
     """A frozen layer whose input's row i goes through ``layers[i]``, or through the base alone where that is None.
 
     The A of all adapters stand under one another, (R + 1, in), as do the B^T, (R + 1, out), with each adapter's scaling
-    in them; the last row of both is zero. `index` (batch, r) says which r of them are row i's, r being the largest rank:
-    lower ranks, and None, are filled up with the zero row. So a mixed batch is two batched products, however many
-    adapters there are.
+    in them; the last row of both is zero. `index` (batch, r) says which r of them are row i's, r being the largest
+    rank: lower ranks, and None, are filled up with the zero row. So a mixed batch is two batched products, however
+    many adapters there are.
     """
 
     def __init__(self, name: str, base_layer: nn.Module, layers: list[LoRALayer | None]):
