@@ -71,9 +71,10 @@ def test_only_the_method_trains_and_the_base_gets_no_gradient(method):
     trained = trainable_parameters(model)
     optimizer, losses = torch.optim.Adam(trained, lr=0.03), []
     for _ in range(20):
-        losses.append(loss_of(model).item())
+        loss = loss_of(model)
+        losses.append(loss.item())
         optimizer.zero_grad()
-        loss_of(model).backward()
+        loss.backward()
         optimizer.step()
     assert losses[-1] < losses[0] - 0.01
     ours = {id(p) for p in trained}
