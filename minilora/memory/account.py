@@ -1,44 +1,93 @@
 """The bill of a training step: every byte at the moment at which most are held, by name, from the shapes alone.
 
-The step is played on a tape of sizes (`tape.py`) with the decoder's own lines (`blocks.py`). A decoder's layers are
-alike, so every sum of live bytes is affine in their number: four layers and five are played, and the line through the
-two is followed to the real number. That takes milliseconds for any size.
+The step is played on a tape of sizes (`tape.py`) with the decoder's own lines (`blocks.py`, `hf.py`). A decoder's
+layers are alike, so every sum of live bytes is affine in their number: four layers and five are played, and the line
+through the two is followed to the real number. That takes milliseconds for any size.
 """
 
 import json
+from argparse import BooleanOptionalAction
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 
-from ..config import ALL_LINEAR
+from ..config import ALL_LINEAR, is_number
 from ..tables import bytes_text, table
-from .models import ModelSpec, near
-from .play import OPTIMIZERS, play
+from .models import Linear, ModelSpec, near
+from .play import OPTIMIZERS, OURS, play, play_prefill
 from .tape import WIDTH, Tape
 
 METHODS = ("full", "lora", "qlora")
 IMPLEMENTATIONS = ("minilora", "transformers")
 ATTENTION = ("fused", "eager")
-PARTS = ("frozen weights", "trainable weights", "adapters", "optimizer", "gradients", "activations",
-         "recomputed activations", "temporaries", "buffers", "inputs")
+BASES = ("device", "host", "disk")
+PARTS = ("frozen weights", "trainable weights", "visiting weights", "adapters", "optimizer", "gradients", "buckets",
+         "KV cache", "activations", "recomputed activations", "temporaries", "optimizer temporaries", "buffers", "inputs")
+
+
+class Run:
+    """What a training step and serving have in common: a model's weights and adapters. `Training`, `Serving`."""
+
+    def __post_init__(self):
+        if isinstance(self.target_modules, Iterable) and not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for field in fields(self):
+            value, least = getattr(self, field.name), LEAST.get(field.name)
+            if known := KNOWN.get(field.name):
+                if value not in known:
+                    raise ValueError(f"no {field.name} {value!r}; {near(str(value), map(str, known))}")
+            elif least is not None and (type(value) is not int or not least <= value < 2**31):
+                raise ValueError(f"{field.name} must be an integer from {least} on, got {value!r}")
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuse what this model cannot do."""
+        if spec.context and self.tokens > spec.context:
+            raise ValueError(f"{self.tokens} tokens are more than the context of {spec.name}, {spec.context}")
+        for m in self.targets(spec):
+            if self.rank > min(m.out, m.inp):
+                raise ValueError(f"rank {self.rank} is larger than {m.name} allows: its weight is {m.out} x {m.inp}, "
+                                 f"so at most {min(m.out, m.inp)}")
+        if self.attention == "eager" and self.implementation == "minilora" and spec.family in OURS:
+            raise ValueError("our decoder has fused attention alone; eager attention is of implementation transformers")
+
+    @property
+    def outer_dtype(self) -> str:
+        """Of what is no matrix of a layer: PEFT's `prepare_model_for_kbit_training` makes all of it fp32."""
+        return "float32" if self.method == "qlora" and self.implementation == "transformers" else self.dtype
+
+    def weight_bytes(self, spec: ModelSpec) -> tuple[int, int]:
+        """The model's weights as stored, without adapters: of a layer, and of what stands outside the layers."""
+        width = WIDTH[self.outer_dtype]
+        matrices = spec.linears()
+        if self.method != "qlora":
+            return spec.layer_parameters * width, spec.outer_parameters * width
+        biases = sum(m.out * m.bias for m in matrices) + spec.layout.norms * spec.norm_parameters
+        four_bit = sum(four_bit_bytes(m.out * m.inp, self.double_quant) for m in matrices)
+        return four_bit + biases * width, spec.outer_parameters * width
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Run):
     """A training step.
 
     Args:
         method: "full" (every weight trains), "lora", "qlora" (LoRA on a base whose linears, but for the head, are NF4).
-        double_quant: quantise the blocks' absmax too (QLoRA, section 3).
         rank, target_modules, dropout: LoRA's, as in `LoRAConfig`; targets None: what PEFT adapts in this family.
-        batch, seq: rows, and tokens in each.
-        optimizer: "adamw", "sgd", "momentum", "adafactor", "lion", "adamw8bit".
-        dtype: of the weights ("bfloat16", "float16", "float32"). Our adapters are fp32 whatever the base is.
+        batch, seq: rows of one forward, and tokens in each.
+        accumulation: forwards whose gradients are summed before the optimizer's step.
+        optimizer: "adamw", "sgd", "momentum", "adafactor", "lion", or "adamw8bit" (bitsandbytes).
+        dtype: of the weights ("bfloat16", "float16", "float32"). Adapters are fp32, as ours and PEFT's are.
         autocast: run the forward under 16-bit autocast (mixed precision: with fp32 weights).
-        implementation: "minilora" (our decoder, or where we have none transformers' with our adapters), or
-            "transformers" (with PEFT's adapters).
-        attention: "fused", or "eager" with transformers: all scores in memory. Gemma-2 and BLOOM have only that.
         checkpointing: recompute each layer in backward instead of keeping its activations.
+        double_quant: qlora's blocks' absmax in 8 bits too (QLoRA, section 3).
+        implementation: "minilora" (our decoder, or where we have none transformers', with our adapters), or
+            "transformers" (with PEFT's adapters; a 4-bit base by bitsandbytes).
+        attention: "fused", or "eager" with transformers: all scores in memory. Gemma-2 and BLOOM have only that.
+        cards: on how many the step runs, each with a batch of its own; the bill is of one card.
+        zero: what they share out: 0 nothing (DistributedDataParallel), 1 optimizer states, 2 gradients too, 3 weights
+            too (ZeRO, 1910.02054; FSDP is stage 3).
+        base: where frozen weights live: on the "device"; or in the "host"'s memory or on "disk", from where each layer
+            visits the device in forward and again in backward. Needs a frozen base and checkpointing.
 
     Raises:
         ValueError: an unknown name (near ones are listed), or a size that makes no sense.
@@ -49,6 +98,7 @@ class Training:
     target_modules: str | tuple[str, ...] | None = None
     batch: int = 1
     seq: int = 512
+    accumulation: int = 1
     optimizer: str = "adamw"
     dtype: str = "bfloat16"
     autocast: bool = False
@@ -57,30 +107,124 @@ class Training:
     double_quant: bool = True
     implementation: str = "minilora"
     attention: str = "fused"
+    cards: int = 1
+    zero: int = 0
+    base: str = "device"
 
     def __post_init__(self):
-        if isinstance(self.target_modules, Iterable) and not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        for what, value, known in (("method", self.method, METHODS), ("optimizer", self.optimizer, OPTIMIZERS),
-                                   ("dtype", self.dtype, WIDTH), ("attention", self.attention, ATTENTION),
-                                   ("implementation", self.implementation, IMPLEMENTATIONS)):
-            if value not in known:
-                raise ValueError(f"no {what} {value!r}; {near(str(value), known)}")
-        for what in ("rank", "batch", "seq"):
-            if type(value := getattr(self, what)) is not int or value < 1:
-                raise ValueError(f"{what} must be a positive integer, got {value!r}")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+        super().__post_init__()
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if self.streamed and (self.method == "full" or not self.checkpointing or self.cards > 1):
+            raise ValueError(f"a base on the {self.base} visits layer by layer: that needs a frozen base (method lora or "
+                             "qlora), checkpointing, and one card")
 
-    def check(self, spec: ModelSpec) -> None:
-        """Refuse what this model cannot do."""
-        if spec.context and self.seq > spec.context:
-            raise ValueError(f"seq {self.seq} is longer than the context of {spec.name}, {spec.context}")
-        if self.method != "full":
-            for m in spec.targets(self.target_modules):
-                if self.rank > min(m.out, m.inp):
-                    raise ValueError(f"rank {self.rank} is larger than {m.name} allows: its weight is {m.out} x {m.inp}, "
-                                     f"so at most {min(m.out, m.inp)}")
+    @property
+    def tokens(self) -> int:
+        return self.seq
+
+    @property
+    def streamed(self) -> bool:
+        return self.base != "device"
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """Part -> of how many cards each keeps a share."""
+        if self.streamed:
+            return {"frozen weights": 0}
+        sharded = (("optimizer", "optimizer temporaries"), ("gradients",),
+                   ("frozen weights", "trainable weights", "adapters"))[:self.zero]
+        return {part: self.cards for stage in sharded for part in stage}
+
+    def targets(self, spec: ModelSpec) -> tuple[Linear, ...]:
+        return spec.targets(self.target_modules) if self.method != "full" else ()
+
+    def visitors(self, spec: ModelSpec) -> list[tuple[str, int]]:
+        """Weights that are on the device for a while: of a streamed base, or of one that is sharded, gathered from all
+        cards. While a layer computes, the next one is fetched."""
+        layer, outer = self.weight_bytes(spec)
+        adapters = 4 * spec.lora_parameters(self.rank, self.target_modules) // spec.layers if self.method != "full" else 0
+        if self.streamed:
+            return [("a layer", layer), ("the next layer, or the head", max(layer, self.head_bytes(spec)))]
+        if self.zero == 3 and self.cards > 1:
+            return [("a layer", layer + adapters), ("the next layer", layer + adapters), ("what is no layer", outer)]
+        return []
+
+    def head_bytes(self, spec: ModelSpec) -> int:
+        return spec.vocab * spec.embedding * WIDTH[self.outer_dtype]
+
+    def moved(self, spec: ModelSpec) -> dict[str, int]:
+        """Bytes that go over the wire to other cards (each sends as many), or over the bus from the host, in a step."""
+        layer, outer = self.weight_bytes(spec)
+        weights = spec.layers * layer + outer
+        trained = (weights if self.method == "full" else 4 * spec.lora_parameters(self.rank, self.target_modules))
+        if self.streamed:
+            rows = self.batch * self.seq * spec.embedding * WIDTH[self.dtype]
+            return {"layers, forward and backward": 2 * spec.layers * layer * self.accumulation,
+                    "head": self.head_bytes(spec) * self.accumulation, "rows of the embedding": rows * self.accumulation}
+        if self.cards == 1:
+            return {}
+        others = lambda size: size * (self.cards - 1) // self.cards
+        if self.zero < 3:
+            return {"gradients, summed": others(trained), "gradients or weights, handed round": others(trained)}
+        every = weights + (trained if self.method != "full" else 0)
+        return {"weights, gathered in forward": others(every) * self.accumulation,
+                "weights, gathered in backward": others(every) * self.accumulation,
+                "gradients, summed": others(trained) * self.accumulation}
+
+
+@dataclass(frozen=True)
+class Serving(Run):
+    """Answering `batch` prompts at once.
+
+    Args:
+        batch, prompt, new: rows, tokens in each prompt, and tokens to come: the cache has room for all.
+        adapters: how many are resident, each of `rank` on `target_modules`; 0: the base alone.
+        four_bit: the base's linears are NF4.
+        dtype, double_quant, implementation, attention: as in `Training`.
+    """
+
+    batch: int = 1
+    prompt: int = 512
+    new: int = 512
+    adapters: int = 0
+    rank: int = 16
+    target_modules: str | tuple[str, ...] | None = None
+    four_bit: bool = False
+    dtype: str = "bfloat16"
+    double_quant: bool = True
+    implementation: str = "minilora"
+    attention: str = "fused"
+
+    # what a decoder on the tape asks of a training step
+    autocast = checkpointing = streamed = False
+    dropout = 0.0
+
+    @property
+    def method(self) -> str:
+        return "qlora" if self.four_bit else "lora"
+
+    @property
+    def seq(self) -> int:
+        return self.prompt
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.new
+
+    def targets(self, spec: ModelSpec) -> tuple[Linear, ...]:
+        return spec.targets(self.target_modules) if self.adapters else ()
+
+
+KNOWN = {"method": METHODS, "optimizer": OPTIMIZERS, "dtype": WIDTH, "implementation": IMPLEMENTATIONS,
+         "attention": ATTENTION, "base": BASES, "zero": (0, 1, 2, 3)}
+LEAST = {"rank": 1, "batch": 1, "seq": 1, "accumulation": 1, "cards": 1, "prompt": 1, "new": 0, "adapters": 0}
+
+
+def four_bit_bytes(count: int, double: bool) -> int:
+    """A weight of so many elements as `quant.Linear4bit` stores it: 4.126953125 bits each, and 4 bytes (QLoRA, section 3)."""
+    blocks = -(-count // 64)
+    return blocks * 32 + (blocks + -(-blocks // 256) * 4 + 4 if double else blocks * 4)
 
 
 @dataclass(frozen=True)
@@ -98,11 +242,14 @@ class Bill:
     """What a step holds at its peak.
 
     Attributes:
-        peak: bytes. moment: when. rows: every item held then; their bytes sum to the peak.
+        peak: bytes, each storage rounded up to 512 as CUDA's allocator does. moment: when.
+        rows: every item held then; their bytes sum to the peak.
+        moved: bytes over the wire (several cards) or the bus (a streamed base) in a step, by what they are.
+        host, disk: bytes of the base there.
     """
 
     spec: ModelSpec
-    run: Training
+    run: Training | Serving
     peak: int
     moment: str
     rows: tuple[Row, ...]
@@ -115,31 +262,51 @@ class Bill:
             parts[row.part] += row.bytes
         return {part: parts[part] for part in sorted(parts, key=PARTS.index)}
 
+    @property
+    def moved(self) -> dict[str, int]:
+        return self.run.moved(self.spec) if isinstance(self.run, Training) else {}
+
+    @property
+    def host(self) -> int:
+        return self.elsewhere("host")
+
+    @property
+    def disk(self) -> int:
+        return self.elsewhere("disk")
+
+    def elsewhere(self, place: str) -> int:
+        layer, outer = self.run.weight_bytes(self.spec)
+        return self.spec.layers * layer + outer if getattr(self.run, "base", "") == place else 0
+
     def to_dict(self) -> dict:
         return {"model": asdict(self.spec), "run": asdict(self.run), "peak": self.peak, "moment": self.moment,
-                "parts": self.parts, "items": [asdict(row) for row in self.rows]}
+                "parts": self.parts, "items": [asdict(row) for row in self.rows], "moved": self.moved,
+                "host": self.host, "disk": self.disk}
 
     def __str__(self):
         rows = [(part, size, bytes_text(size), f"{size / self.peak:.1%}") for part, size in self.parts.items()]
         items = [(row.part, row.name, row.count, row.bytes, bytes_text(row.bytes))
                  for row in sorted(self.rows, key=lambda row: -row.bytes)[:12]]
+        rest = [f"{what}: {bytes_text(size)} a step" for what, size in self.moved.items()]
+        rest += [f"on the {place}: {bytes_text(size)}" for place, size in (("host", self.host), ("disk", self.disk)) if size]
         return "\n\n".join((
             f"peak {bytes_text(self.peak)} ({self.peak:,} bytes) at: {self.moment}",
             table(("part", "bytes", "", ""), [*rows, ("sum", self.peak, bytes_text(self.peak), "100.0%")]),
-            table(("the largest items", "", "count", "bytes", ""), items)))
+            table(("the largest items", "", "count", "bytes", ""), items), *rest))
 
 
-def estimate(spec: ModelSpec, run: Training) -> Bill:
-    """The bill of `run` on a model of shape `spec`, for one step from the second on.
+def estimate(spec: ModelSpec, run: Training | Serving) -> Bill:
+    """The bill of `run` on a model of shape `spec`: one training step, from the second on, or the answer to prompts.
 
     Raises:
         ValueError: what this model cannot do: a target it lacks, a rank or sequence too large.
     """
     run.check(spec)
-    return at_peak(spec, run, lambda layers: play(spec, run, layers))
+    tape = play if isinstance(run, Training) else play_prefill
+    return at_peak(spec, run, lambda layers: tape(spec, run, layers))
 
 
-def at_peak(spec, run, played) -> Bill:
+def at_peak(spec: ModelSpec, run: Training | Serving, played: Callable[[int], Tape]) -> Bill:
     """The bill at the moment at which most is live; `played(n)` is the tape of n layers."""
     if spec.layers <= 5:
         tapes, more = (played(spec.layers),), 0
@@ -164,7 +331,7 @@ def at_peak(spec, run, played) -> Bill:
     phase, layer, what = peak[0], peak[1], tapes[0].moments[few[peak]][2]
     where = f"{phase}, " + (f"layer {layer % spec.layers}, " if layer is not None else "")
     return Bill(spec, run, total(peak), where + what,
-                tuple(Row(part, name, *sizes) for (part, name), sizes in sorted(rows.items()) if any(sizes)))
+                tuple(Row(part, name, *sizes) for (part, name), sizes in sorted(rows.items()) if sizes[1]))
 
 
 def keyed_moments(tape: Tape) -> dict[tuple, int]:
@@ -204,9 +371,24 @@ def held(tape: Tape, t: int) -> dict[tuple[str, str], tuple[int, int]]:
 
 def memory_command(parser, arguments: list[str]) -> None:
     add_run_options(parser)
+    parser.add_argument("--card", help="also say whether it fits this card: `cards` lists them")
+    parser.add_argument("--serve", action="store_true", help="answer prompts instead of training: see the options below")
+    serving = parser.add_argument_group("with --serve")
+    for field in fields(Serving):
+        if field.name not in Training.__dataclass_fields__:
+            add_option(serving, field)
     options = parser.parse_args(arguments)
-    bill = estimate(spec_of(options), run_of(options))
-    print(json.dumps(bill.to_dict(), indent=2) if options.json else bill)
+    run = run_of(options, Serving if options.serve else Training)
+    bill = estimate(spec_of(options), run)
+    verdict = None
+    if options.card:
+        from .fit import judge
+
+        verdict = judge(bill, options.card)
+    if options.json:
+        print(json.dumps(bill.to_dict() | ({"card": verdict.to_dict()} if verdict else {}), indent=2))
+    else:
+        print(bill, *([verdict] if verdict else []), sep="\n\n")
 
 
 def add_run_options(parser) -> None:
@@ -216,21 +398,27 @@ def add_run_options(parser) -> None:
     which.add_argument("--config", help="a folder with a Hugging Face config.json")
     parser.add_argument("--targets", help="names with commas between, a regular expression, or all-linear")
     for field in fields(Training):
-        if field.name == "target_modules":
-            continue
-        if isinstance(field.default, bool):
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+        if field.name != "target_modules":
+            add_option(parser, field)
     parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def add_option(parser, field) -> None:
+    name, default = "--" + field.name.replace("_", "-"), field.default
+    if isinstance(default, bool):
+        parser.add_argument(name, action=BooleanOptionalAction, default=default)
+    else:
+        known = "".join(f"{value}, " for value in KNOWN.get(field.name, ()))
+        parser.add_argument(name, type=type(default), default=default, metavar=field.name.upper(),
+                            help=f"{known}default {default}")
 
 
 def spec_of(options) -> ModelSpec:
     return ModelSpec.preset(options.model) if options.model else ModelSpec.from_config(options.config)
 
 
-def run_of(options) -> Training:
-    targets, values = options.targets, {f.name: getattr(options, f.name, None) for f in fields(Training)}
-    if targets and all(name.replace("_", "").replace(".", "").isalnum() for name in targets.split(",")):
-        targets = tuple(targets.split(",")) if targets != ALL_LINEAR else targets
-    return Training(**{**values, "target_modules": targets})
+def run_of(options, kind: type = Training) -> Training | Serving:
+    targets = options.targets
+    if targets and targets != ALL_LINEAR and not set(targets) & set("*+?|()[]{}\\^$"):
+        targets = tuple(targets.split(","))
+    return kind(**{f.name: getattr(options, f.name, targets) for f in fields(kind)} | {"target_modules": targets})

@@ -12,6 +12,9 @@ POWER = ("power", "scaled power", "gradient")  # what the derivative of a power 
 PLUS_EPS, INVERSE_ROOT = ("mean + eps", "", ()), ("1 / rms", "output", POWER)
 
 
+LOSS_CHUNK = 512  # tokens
+
+
 class Matrix:
     """One linear of one layer: its weight, dense or in 4 bits, and our adapter if it is a target."""
 
@@ -25,7 +28,7 @@ class Matrix:
         else:
             self.weight = tape.weight(size, self.width, linear.name, run.method == "full", linear.out)
         if linear.bias:
-            self.bias = tape.weight(linear.out, self.width, f"{linear.name} bias", run.method == "full")
+            self.bias = tape.weight(linear.out, WIDTH[run.outer_dtype], f"{linear.name} bias", run.method == "full")
         if adapted:
             self.A = tape.state(run.rank * linear.inp, 4, "adapters", f"{linear.name} lora_A", True, run.rank)
             self.B = tape.state(run.rank * linear.out, 4, "adapters", f"{linear.name} lora_B", True, linear.out)
@@ -133,7 +136,7 @@ class Decoder:
     def __init__(self, tape: Tape, spec: ModelSpec, run, layers: int):
         self.tape, self.spec, self.run = tape, spec, run
         adapter = Matrix if run.implementation == "minilora" else self.adapter
-        adapted = spec.targets(run.target_modules) if run.method != "full" else ()
+        adapted, self.cache = run.targets(spec), None
         self.embedding = self.weight(spec.vocab * spec.embedding, "embed_tokens", spec.vocab)
         if spec.positions:
             self.positions = self.weight(spec.positions * spec.hidden, "positions", spec.positions)
@@ -147,10 +150,10 @@ class Decoder:
             self.layers.append((matrices, [self.norm_weight() for _ in range(spec.layout.norms)]))
         self.last_norm = self.norm_weight() if spec.last_norm else None
         self.head = self.embedding if spec.tied else self.weight(spec.vocab * spec.embedding, "lm_head", spec.vocab)
-        self.ids, self.targets = (tape.state(run.batch * run.seq, 8, "inputs", n) for n in ("ids", "targets"))
+        self.ids = tape.state(run.batch * run.seq, 8, "inputs", "ids")
 
     def weight(self, count: int, name: str, rows: int = 0) -> Tensor:
-        return self.tape.weight(count, WIDTH[self.run.dtype], name, self.run.method == "full", rows)
+        return self.tape.weight(count, WIDTH[self.run.outer_dtype], name, self.run.method == "full", rows)
 
     def norm_weight(self) -> tuple[Tensor, ...]:
         """Weight, and LayerNorm's bias."""
@@ -171,6 +174,38 @@ class Decoder:
             x = tape.checkpoint(run, x) if self.run.checkpointing else run(x)
         tape.place = ("forward", None)
         return self.norm(x, self.last_norm) if self.last_norm else x
+
+    def loss(self) -> Tensor:
+        return self.chunked_loss(self.decode()) if self.run.streamed else self.whole_loss()
+
+    def head_of(self, y: Tensor) -> Tensor:
+        """Logits, N V."""
+        with self.tape.inside("lm_head"):
+            return self.tape.linear(y, self.head, self.spec.vocab)
+
+    def chunked_loss(self, y: Tensor) -> Tensor:
+        """The loss of so many tokens at a time and the gradient of y with it: logits, log-softmax and their gradient are
+        there of one chunk alone, and the head is needed once."""
+        tape, count, width = self.tape, y.count, y.width
+        tape.module = "loss"
+        node = tape.node("loss in chunks", [y], [], lambda s, g, n: [s[0]], late=True)
+        gradient = tape.new(count, width, "input gradient")
+        size = min(LOSS_CHUNK, self.run.batch * self.run.seq) * self.spec.vocab
+        chunk = [tape.new(size, width, name) for name in ("logits", "log-softmax", "gradient of the logits")]
+        del chunk
+        loss = tape.new(1, width, "loss", node=node)
+        tape.keep(node, [gradient])
+        return loss
+
+    def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """When serving, keys and values are written to the cache, which has room for all that will come."""
+        if self.cache is None:
+            return k, v
+        spec, run = self.spec, self.run
+        size = run.batch * (run.prompt + run.new) * spec.kv_heads * spec.head_dim
+        room = [self.tape.new(size, k.width, name, part="KV cache") for name in ("keys", "values")]
+        self.cache += room
+        return tuple(Tensor(t.count, t.width, r.storage) for t, r in zip((k, v), room))
 
     def tables_of(self, tables: list[Tensor], layer: int) -> list[Tensor]:
         return tables
@@ -198,13 +233,8 @@ class OurDecoder(Decoder):
         super().__init__(tape, spec, run, layers)
         self.angles = [tape.state(spec.context * spec.head_dim, WIDTH[run.dtype], "buffers", "rotary table") for _ in "cs"]
 
-    def loss(self) -> Tensor:
-        return self.tape.cross_entropy(self.logits(), self.targets)
-
-    def logits(self) -> Tensor:
-        y = self.decode()
-        with self.tape.inside("lm_head"):
-            return self.tape.linear(y, self.head, self.spec.vocab)  # N V
+    def whole_loss(self) -> Tensor:
+        return self.tape.cross_entropy(self.head_of(self.decode()), self.targets)
 
     def embed(self) -> list[Tensor]:
         with self.tape.inside("embed_tokens"):
@@ -235,6 +265,7 @@ class OurDecoder(Decoder):
         q, k, v = (tape.view(m[f"self_attn.{p}_proj"](x), copy_back=plain) for p in "qkv")  # N H D, N K D
         with tape.inside("attention"):
             q, k = self.rotate(q, *tables), self.rotate(k, *tables)
+            k, v = self.cached(k, v)
             y = self.fused_attention(q, k, v)  # N H D
         return m["self_attn.o_proj"](tape.copy(y, back=True) if plain else tape.view(y))
 

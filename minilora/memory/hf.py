@@ -13,20 +13,37 @@ SOFTCAP = (("divided by the cap",), ("tanh", "output"), ("times the cap",))  # c
 
 
 class PeftMatrix(Matrix):
-    """`peft.tuners.lora.Linear`: x is copied to the adapter's fp32, and the sum is made in fp32 and cast back."""
+    """`peft.tuners.lora.Linear`: x is copied to the adapter's fp32, and the sum is made in fp32 and cast back; on a 4-bit
+    base `Linear4bit`, which works on a copy of the base's output."""
 
     def adapted(self, x: Tensor) -> Tensor:
         tape, rank, out = self.tape, self.run.rank, self.linear.out
         result = self.base(x)
+        if self.codes:
+            result = tape.copy(result)
         width = result.width
-        x = tape.cast(x, self.A.width)
+        if not (self.codes and tape.autocast):
+            x = tape.cast(x, self.A.width)
         inner = tape.linear(tape.dropout(x, self.run.dropout), self.A, rank, what="x A^T", flat=self.flat)
         update = tape.linear(inner, self.B, out, what="x A^T B^T", flat=self.flat)
         del inner
         update = tape.unary(update, "scaled update")
+        if self.codes and not tape.autocast:
+            update = tape.cast(update, width)
         result = tape.add(result, update, "sum with the update")
         del update
-        return tape.cast(result, width)
+        return result if self.codes else tape.cast(result, width)
+
+    def four_bit_base(self, x: Tensor) -> Tensor:
+        """bitsandbytes' `Linear4bit` (0.50): x is cast to the compute dtype, the output back to x's."""
+        x_width = x.width
+        return self.tape.cast(super().four_bit_base(self.tape.cast(x, self.width)), x_width)
+
+    def dequantise(self, width: int) -> Tensor:
+        """Its kernel makes the dense weight at once (for few tokens it may not need to)."""
+        size = self.linear.out * self.linear.inp
+        absmax = self.tape.new(-(-size // 64), 4, "absmax") if self.run.double_quant else None
+        return self.tape.new(size, width, "dense weight")
 
 
 class Transformers(Decoder):
@@ -41,18 +58,21 @@ class Transformers(Decoder):
         if spec.family == "gemma2":
             self.scale = tape.state(1, WIDTH[run.dtype], "buffers", "sqrt(C)")
 
-    def loss(self) -> Tensor:
-        tape, spec, run = self.tape, self.spec, self.run
+    def whole_loss(self) -> Tensor:
+        tape, run = self.tape, self.run
         y = self.decode()  # held by the model's output until the loss is there
-        with tape.inside("lm_head"):
-            logits = tape.linear(self.project(y, out=True), self.head, spec.vocab)  # N V
-            if spec.family == "gemma2":
-                for step in SOFTCAP:
-                    logits = tape.unary(logits, *step)
+        logits = self.head_of(y)
         with tape.inside("loss"):
             wide = tape.cast(logits, 4)
             padded = tape.new(run.batch * (run.seq + 1), 8, "padded labels")
             return tape.cross_entropy(wide, tape.new(run.batch * run.seq, 8, "shifted labels"))
+
+    def head_of(self, y: Tensor) -> Tensor:
+        logits = super().head_of(self.project(y, out=True))
+        with self.tape.inside("lm_head"):
+            for step in SOFTCAP if self.spec.family == "gemma2" else ():
+                logits = self.tape.unary(logits, *step)
+        return logits
 
     def embed(self) -> list[Tensor]:
         """The layers' input, and what the model's forward holds beside it."""
@@ -61,7 +81,7 @@ class Transformers(Decoder):
             x = tape.embedding(self.ids, self.embedding, spec.embedding)  # N C
             if spec.family == "gemma2":
                 x = tape.unary(x, "times sqrt(C)")
-            if run.checkpointing and run.method != "full":
+            if run.checkpointing and run.method != "full" and run.implementation == "transformers":
                 tape.require_grad(x)  # `enable_input_require_grads`, which PEFT asks for
             if spec.embedding != spec.hidden:
                 x = self.project(x)
@@ -185,6 +205,7 @@ class Transformers(Decoder):
         with tape.inside("attention"):
             if f.rms:
                 q, k = self.rotate(q, *tables[:2]), self.rotate(k, *tables[:2])
+            k, v = self.cached(k, v)
             y, weights = (self.eager_attention(q, k, v, tables[-1]) if self.eager
                           else (self.fused_attention(q, k, v), None))
         y = tape.copy(y) if spec.family == "phi3" and not self.eager else tape.view(y)

@@ -309,11 +309,11 @@ def llama(name: str, layers: int, hidden: int, heads: int, kv_heads: int, ffn: i
 
 
 def gpt(name: str, layers: int, hidden: int, heads: int, vocab: int, context: int, family: str = "gpt2",
-        offset: int = 0, activation: str = "") -> ModelSpec:
+        offset: int = 0, activation: str = "", dropout: float | None = None) -> ModelSpec:
     positions = context + offset if family != "bloom" else 0
     return ModelSpec(name, family, layers, hidden, heads, heads, hidden // heads, 4 * hidden, vocab, context, True,
-                     positions, True, True, True, activation or FAMILIES[family].activation, FAMILIES[family].dropout,
-                     0.1 if family == "gpt2" else 0.0)
+                     positions, True, True, True, activation or FAMILIES[family].activation,
+                     FAMILIES[family].dropout if dropout is None else dropout, 0.1 if family == "gpt2" else 0.0)
 
 
 PRESETS = {spec.name: spec for spec in (
@@ -322,7 +322,7 @@ PRESETS = {spec.name: spec for spec in (
     gpt("gpt2-large", 36, 1280, 20, 50257, 1024),
     gpt("gpt2-xl", 48, 1600, 25, 50257, 1024),
     # never published as code: GPT-2's with q, k and v apart, as the LoRA paper speaks of it, under OPT's names
-    gpt("gpt3-175b", 96, 12288, 96, 50257, 2048, "opt", activation="gelu"),
+    gpt("gpt3-175b", 96, 12288, 96, 50257, 2048, "opt", activation="gelu", dropout=0.0),
     gpt("opt-6.7b", 32, 4096, 32, 50272, 2048, "opt", offset=2),
     gpt("opt-175b", 96, 12288, 96, 50272, 2048, "opt", offset=2),
     gpt("bloom-176b", 70, 14336, 112, 250880, 2048, "bloom"),

@@ -1,6 +1,7 @@
 """One training step on a tape: the model, its optimizer's state, forward, backward, the optimizer's step."""
 
 from collections.abc import Callable
+from math import prod
 
 from .blocks import OurDecoder
 from .hf import Transformers
@@ -12,17 +13,43 @@ OURS = ("llama", "mistral", "qwen2")  # the families that `llama.Llama` is
 
 def play(spec: ModelSpec, run, layers: int) -> Tape:
     """A step of `layers` layers, from the second on: the optimizer has its state."""
-    tape = Tape(autocast=run.autocast)
-    ours = run.implementation == "minilora" and spec.family in OURS
-    model = (OurDecoder if ours else Transformers)(tape, spec, run, layers)
+    tape = Tape(autocast=run.autocast, shares=run.shares)
+    model = decoder(tape, spec, run, layers)
+    model.targets = tape.state(run.batch * run.seq, 8, "inputs", "targets")
     make_state, update = OPTIMIZERS[run.optimizer]
     state = [t for leaf, rows in tape.leaves for t in make_state(tape, leaf, rows)]
-    loss = model.loss()
-    tape.casts.clear()
-    tape.backward(loss)
-    tape.place, tape.module = ("optimizer", None), run.optimizer
+    if run.cards > 1 and run.zero < 2:  # DistributedDataParallel sums gradients in buckets of its own
+        state += [tape.state(leaf.count, leaf.width, "buckets", "gradients to be summed") for leaf, _ in tape.leaves]
+    for _ in range(min(run.accumulation, 2)):  # from the second on gradients are there before the forward
+        tape.place, tape.module = ("forward", None), ""
+        visitors = [tape.new(size, 1, name, also=True, part="visiting weights") for name, size in run.visitors(spec)]
+        loss = model.loss()
+        tape.casts.clear()
+        tape.backward(loss)
+        del visitors
+    tape.place, tape.module, tape.part = ("optimizer", None), run.optimizer, "optimizer temporaries"
     update(tape, tape.leaves)
     return tape
+
+
+def play_prefill(spec: ModelSpec, run, layers: int) -> Tape:
+    """The forward over the prompts, with the cache and every adapter in place: the moment at which serving holds most."""
+    tape = Tape()
+    model = decoder(tape, spec, run, layers)
+    others = [tape.state(t.count, t.width, "adapters", "the other adapters") for t, _ in tape.leaves
+              for _ in range(run.adapters - 1)]
+    tape.recording, model.cache = False, []
+    y = model.decode()  # N C
+    model.head_of(Tensor(run.batch * spec.hidden, y.width, y.storage))  # of the last position alone
+    del others
+    return tape
+
+
+def decoder(tape: Tape, spec: ModelSpec, run, layers: int):
+    ours = run.implementation == "minilora" and spec.family in OURS
+    return (OurDecoder if ours else Transformers)(tape, spec, run, layers)
+
+
 # ---------------------------------------------------------------- optimizers: the state of a weight, and the step
 
 
@@ -46,12 +73,10 @@ def adafactor_state(tape: Tape, leaf: Tensor, rows: int) -> list[Tensor]:
 
 
 def adafactor(tape: Tape, leaves: list) -> None:
-    matrices = [(leaf.count, leaf.width) for leaf, rows in leaves if rows]
-    vectors = [(leaf.count, leaf.width) for leaf, rows in leaves if not rows]
-    update = at_once(tape, "update", matrices)
-    at_once(tape, "mean of a row's", [(1, width) for _, width in matrices])
-    del update
-    at_once(tape, "update", vectors)
+    """One weight after the other: the largest counts."""
+    if leaves:
+        count, width = max(((leaf.count, leaf.width) for leaf, _ in leaves), key=prod)
+        at_once(tape, "update and the mean of its rows", [(count, width), (1, width)])
 
 
 def nothing(tape: Tape, leaves: list) -> None:
@@ -69,8 +94,7 @@ def adamw_8bit_state(tape: Tape, leaf: Tensor, rows: int) -> list[Tensor]:
 def lion(tape: Tape, leaves: list) -> None:
     """One weight after the other (Chen et al. 2023, 2302.06675): the sign of a blend of momentum and gradient."""
     if leaves:
-        largest = max(leaf.count * leaf.width for leaf, _ in leaves)
-        at_once(tape, "update", [(largest, 1)])
+        at_once(tape, "update", [max(((leaf.count, leaf.width) for leaf, _ in leaves), key=prod)])
 
 
 OPTIMIZERS = {

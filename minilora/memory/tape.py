@@ -105,12 +105,13 @@ class Tape:
         items: every storage there was. moments: one (phase, layer, what) per operator that allocated.
         leaves: what trains, with its number of rows.
         align: storages are rounded up to a multiple of it, as CUDA's allocator does.
+        shares: part -> of how many cards this one keeps its share of the part; 0: it keeps nothing of it.
     """
 
-    def __init__(self, align: int = 512, autocast: bool = False):
+    def __init__(self, align: int = 512, autocast: bool = False, shares: dict[str, int] | None = None):
         self.items: list[Item] = []
         self.moments: list[tuple[str, int | None, str]] = [("start", None, "")]
-        self.align, self.autocast = align, autocast
+        self.align, self.autocast, self.shares = align, autocast, shares or {}
         self.place: tuple[str, int | None] = ("start", None)  # phase and layer
         self.module, self.part, self.order = "", "temporaries", 0
         self.recording = True  # inside a no_grad, or an operator's own code, nothing is recorded
@@ -126,8 +127,11 @@ class Tape:
         """A tensor of its own. `also`: by the same operator as the last one, so no moment lies between them."""
         if not also:
             self.moments.append((*self.place, f"{self.module} {what}".strip()))
-        size = -(-count * width // self.align) * self.align
-        item = Item(part or self.part, f"{self.module} {what}".strip(), size, len(self.moments) - 1)
+        part = part or self.part
+        share = self.shares.get(part, 1)
+        size = -(-count // share) * width if share else 0
+        size = -(-size // self.align) * self.align
+        item = Item(part, f"{self.module} {what}".strip(), size, len(self.moments) - 1)
         self.items.append(item)
         return Tensor(count, width, Storage(self, item), node, slot, is_view=False)
 
@@ -188,7 +192,8 @@ class Tape:
             elif self.frame:
                 node.saved.append(Kept(self.frame))
             else:
-                t.storage.item.part = {"temporaries": "activations"}.get(t.storage.item.part, t.storage.item.part)
+                if t.storage.item.part == "temporaries":
+                    t.storage.item.part = "activations"
                 node.saved.append(t)
 
     def checkpoint(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -248,8 +253,7 @@ class Tape:
     def apply(self, node: Node, grads: dict[int, Tensor]) -> list[Tensor | None]:
         """The gradients of a node's inputs, in the inputs' sizes; what the node kept is let go."""
         if node.leaf is not None:
-            grad = node.leaf.grad = self.new(grads[0].count, grads[0].width, "") if node.copies else grads[0]
-            grad.storage.item.part, grad.storage.item.name = "gradients", node.name
+            self.accumulate(node, grads[0])
             return []
         saved = []
         for t in node.saved:
@@ -268,6 +272,15 @@ class Tape:
             outs[i] = self.fitted(outs[i], edge[1], edge[2]) if edge and outs[i] is not None else None
         node.saved, node.backward = None, None
         return outs
+
+    def accumulate(self, node: Node, grad: Tensor) -> None:
+        """Make `grad` the leaf's gradient, or add it to the one that is there, in place."""
+        if node.leaf.grad is not None:
+            return
+        if node.copies or self.shares.get("gradients", 1) > 1:
+            grad = self.new(grad.count, grad.width, "", part="gradients")
+        grad.storage.item.part, grad.storage.item.name = "gradients", node.name
+        node.leaf.grad = grad
 
     def fitted(self, grad: Tensor, count: int, width: int) -> Tensor:
         """A gradient in its input's size: summed over what was broadcast, cast to its width."""
