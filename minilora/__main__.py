@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "extract": ("dissect", "write the adapter nearest to the difference of two checkpoints"),
     "memory": ("memory.account", "what a training step of a model needs, to the byte, and when"),
     "fit": ("memory.fit", "whether a training step fits which cards, and what to change so that it does"),
+    "claims": ("memory.claims", "what papers say of memory, reproduced or not, with the arithmetic"),
     "models": ("memory.models", "the models whose shapes are known"),
     "cards": ("memory.cards", "the cards, and how much of each a run may use"),
     "trace": ("memory.step", "what one training step of a Hugging Face architecture would allocate on a GPU, traced"),

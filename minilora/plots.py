@@ -108,3 +108,62 @@ def grid(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequen
     axes.grid(visible=False)
     fig.colorbar(image, label=unit)
     return fig
+
+
+# ---------------------------------------------------------------- memory: each returns the figure and its sentence
+
+GIB = 2**30
+
+
+def bills(bills: Mapping[str, "Bill"], *, title: str = "What a training step holds at its peak",  # noqa: F821
+          limit: tuple[str, float] | None = None) -> tuple[Figure, str]:
+    """Bills (`memory.estimate`) as stacked bars, part by part. `limit`: (label, bytes) of a line, a card's memory say."""
+    shares = [(part, size / bill.peak) for bill in bills.values() for part, size in bill.parts.items()]
+    parts = list(dict.fromkeys(part for part, share in shares if share > 0.001))  # what can be seen
+    series = {part: [bill.parts.get(part, 0) / GIB for bill in bills.values()] for part in parts}
+    fig = bars(list(bills), series, title=title, ylabel="GiB", stacked=True, width=max(6.4, 1.2 * len(bills)))
+    axes = fig.axes[0]
+    if limit:
+        axes.axhline(limit[1] / GIB, color="#111111", linewidth=1, linestyle=":", label=limit[0])
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    largest = {name: max(bill.parts, key=bill.parts.get) for name, bill in bills.items()}
+    return fig, "; ".join(f"{name}: {bill.peak / GIB:.1f} GiB, most of it {largest[name]}" for name, bill in bills.items())
+
+
+def timeline(points: Sequence[tuple[int, str]], *, title: str = "Bytes held, operator by operator",
+             limit: tuple[str, float] | None = None) -> tuple[Figure, str]:
+    """The live bytes of one step, from (bytes, phase) of each moment: `memory.account.timeline`, or a trace's."""
+    size, phases = np.array([p[0] for p in points]) / GIB, [p[1] for p in points]
+    fig, axes = canvas(title, "moment", "GiB", width=8)
+    seen = list(dict.fromkeys(phases))
+    for i, phase in enumerate(seen):
+        here = np.array([p == phase for p in phases])
+        axes.fill_between(np.arange(len(size)), np.where(here, size, np.nan), step="post", label=phase,
+                          color=SHADES[i % 6], alpha=0.6, hatch=HATCHES[i % 8], linewidth=0)
+    axes.step(np.arange(len(size)), size, where="post", color="#111111", linewidth=0.5)
+    if limit:
+        axes.axhline(limit[1] / GIB, color="#111111", linewidth=1, linestyle=":", label=limit[0])
+    at = int(size.argmax())
+    axes.plot(at, size[at], "o", color="white", markeredgecolor="black", label="peak")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return fig, f"the peak of {size[at]:.2f} GiB falls in the {phases[at]}, at moment {at:,} of {len(size):,}"
+
+
+def fit_grid(verdicts: Mapping[str, Mapping[str, "Verdict"]], *, title: str,  # noqa: F821
+             xlabel: str = "", ylabel: str = "") -> tuple[Figure, str]:
+    """row -> column -> `memory.fit.judge`'s verdict, as cells that say what is needed, in GiB; light is what fits."""
+    rows, columns = list(verdicts), list(next(iter(verdicts.values())))
+    shade = {"fits": 0.0, "too close to call": 0.35, "does not fit": 0.7}
+    values = np.array([[shade[verdicts[row][column].answer] for column in columns] for row in rows])
+    fig, axes = canvas(title, xlabel, ylabel, width=2.4 + 1.1 * len(columns), height=1.4 + 0.38 * len(rows))
+    axes.imshow(values, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            mark = {"fits": "fits", "too close to call": "close", "does not fit": "no"}[verdicts[row][column].answer]
+            axes.text(j, i, f"{verdicts[row][column].need[0] / GIB:,.1f}\n{mark}", ha="center", va="center", fontsize=8,
+                      color="white" if values[i, j] > 0.5 else "black")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.grid(visible=False)
+    count = {answer: int((values == s).sum()) for answer, s in shade.items()}
+    return fig, ", ".join(f"{n} of {values.size} {answer}" for answer, n in count.items())

@@ -356,6 +356,13 @@ def live_bytes(tape: Tape) -> list[int]:
     return [live := live + c for c in change[:-1]]
 
 
+def timeline(spec: ModelSpec, run: Training) -> list[tuple[int, str]]:
+    """The live bytes and the phase of every moment of a step, all layers played: seconds for the largest models."""
+    run.check(spec)
+    tape = play(spec, run, spec.layers)
+    return [(size, phase) for size, (phase, _, _) in zip(live_bytes(tape), tape.moments)]
+
+
 def held(tape: Tape, t: int) -> dict[tuple[str, str], tuple[int, int]]:
     """What is live at moment t: (part, name) -> (count, bytes)."""
     rows = {}
