@@ -337,7 +337,7 @@ class Llama(nn.Module):
                 step = self.lm_head(self.model(step, cache)[:, -1:]).argmax(-1)  # (B, 1)
                 if stop is not None:
                     step = step.masked_fill(done, stop)
-                    done = done | (step == stop)
+                    done = step == stop
                 out.append(step)
         return torch.cat(out, dim=1)  # outside, so that it is a tensor like any other
 

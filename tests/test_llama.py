@@ -186,8 +186,11 @@ def test_a_row_that_has_stopped_stays_stopped_and_all_stopped_ends_it():
 
 
 def test_what_is_generated_can_be_trained_on():
-    model = our_llama().train()
+    model, kept = our_llama().train(), []
+    watch = model.lm_head.register_forward_hook(lambda module, args, logits: kept.append(logits.requires_grad))
     out = model.generate(IDS[:, :6], 8)
+    watch.remove()
+    assert kept == [False] * 8  # nothing is kept for a backward pass
     model(out).sum().backward()
     assert model.training and model.model.embed_tokens.weight.grad.abs().sum() > 0
 
