@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -248,7 +249,7 @@ def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: fl
     ship("base", log)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m minilora.train", description="Pretrain the base of the notebooks.")
     parser.add_argument("--folder", type=Path, default=DATA)
     parser.add_argument("--steps", type=int, default=4500)
@@ -257,4 +258,13 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    pretrain(**vars(parser.parse_args()))
+    try:
+        pretrain(**vars(parser.parse_args(arguments)))
+    except (ValueError, OSError) as error:
+        print(f"minilora.train: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

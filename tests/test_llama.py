@@ -209,6 +209,12 @@ def test_the_seed_decides_the_weights():
     a, b, c = (Llama(LlamaConfig(**SIZES), seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+    for name, p in Llama(LlamaConfig(64, 256, 256, 8, 4, attention_bias=True), 0).named_parameters():
+        if p.dim() == 2:  # output projections start smaller by sqrt(2 x 8 layers)
+            small = name.endswith(("o_proj.weight", "down_proj.weight"))
+            assert p.std().item() == pytest.approx(0.005 if small else 0.02, rel=0.05), name
+        else:
+            assert p.eq(0 if name.endswith("bias") else 1).all(), name
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):

@@ -417,6 +417,16 @@ def test_pretraining_ships_both_bases_and_goes_on_where_it_stopped(tmp_path, mon
             tmp_path / "whole" / name / "model.safetensors").read_bytes()
 
 
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
+    assert room.main(["--folder", str(tmp_path), "--steps", "0"]) == 2
+    assert capsys.readouterr().err == "minilora.train: steps must be an integer from 1 on, got 0\n"
+    (tmp_path / "pretraining_1.safetensors").write_bytes(b"no checkpoint")
+    assert room.main(["--folder", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "pretraining_1.safetensors is damaged or not a training checkpoint" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["pretraining_1.safetensors"]
+
+
 def test_a_task_is_learnt_from_its_files():
     """The loop, the desk and LoRA together: a base that knows nothing learns four examples by heart."""
     examples = load_task("catalogue").train[:4]
