@@ -124,7 +124,9 @@ class Matrix:
         """The input that the adapter sees, and dropout's mask, drawn anew from its seed."""
         if not self.run.dropout:
             return rows, None
+        draws = self.tape.new(-(-rows.count // 4), 8, "random numbers")  # 16 bits an entry
         mask = self.tape.new(rows.count, rows.width, "mask")
+        del draws
         return self.tape.new(rows.count, rows.width, "x after dropout"), mask
 
 
