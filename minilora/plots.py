@@ -117,7 +117,7 @@ GIB = 2**30
 
 def bills(bills: Mapping[str, "Bill"], *, title: str = "What a training step holds at its peak",  # noqa: F821
           limit: tuple[str, float] | None = None) -> tuple[Figure, str]:
-    """Bills (`memory.estimate`) as stacked bars, part by part. `limit`: (label, bytes) of a line, a card's memory say."""
+    """Bills (`memory.estimate`) as stacked bars, part by part. `limit`: (label, bytes) of a line, say a card's size."""
     shares = [(part, size / bill.peak) for bill in bills.values() for part, size in bill.parts.items()]
     parts = list(dict.fromkeys(part for part, share in shares if share > 0.001))  # what can be seen
     series = {part: [bill.parts.get(part, 0) / GIB for bill in bills.values()] for part in parts}
@@ -126,8 +126,8 @@ def bills(bills: Mapping[str, "Bill"], *, title: str = "What a training step hol
     if limit:
         axes.axhline(limit[1] / GIB, color="#111111", linewidth=1, linestyle=":", label=limit[0])
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    largest = {name: max(bill.parts, key=bill.parts.get) for name, bill in bills.items()}
-    return fig, "; ".join(f"{name}: {bill.peak / GIB:.1f} GiB, most of it {largest[name]}" for name, bill in bills.items())
+    return fig, "; ".join(f"{name}: {bill.peak / GIB:.1f} GiB, most of it {max(bill.parts, key=bill.parts.get)}"
+                          for name, bill in bills.items())
 
 
 def timeline(points: Sequence[tuple[int, str]], *, title: str = "Bytes held, operator by operator",

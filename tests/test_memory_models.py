@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minilora.__main__ import main
 from minilora.memory import Card, ModelSpec
@@ -166,9 +168,10 @@ GOOD = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediat
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"hidden_size": None}, "hidden_size must be a positive integer, got None"),
-    ({"hidden_size": "32"}, "hidden_size must be a positive integer, got '32'"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, got 0"),
+    ({"hidden_size": None}, "hidden_size must be a positive integer of a sensible size, got None"),
+    ({"hidden_size": "32"}, "hidden_size must be a positive integer of a sensible size, got '32'"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer of a sensible size, got 0"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a positive integer of a sensible size"),
     ({"vocab_size": True}, "vocab_size"),
     ({"intermediate_size": [48, 48]}, "intermediate_size"),
     ({"num_attention_heads": 5}, "hidden_size 32 is no multiple of num_attention_heads 5"),
@@ -205,6 +208,26 @@ def test_a_file_that_is_no_config(tmp_path, content, words):
         (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=words):
         ModelSpec.from_config(tmp_path)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_config_is_read_or_refused(data):
+    """Whatever stands in a field: a shape, or one ValueError."""
+    kind = data.draw(st.sampled_from(list(FAMILIES)))
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "ffn_dim": 64}
+    fields = [*GOOD, *sizes, "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "hidden_act",
+              "resid_pdrop", "attention_dropout", "word_embed_proj_dim", "do_layer_norm_before", "activation_function"]
+    changes = data.draw(st.dictionaries(st.sampled_from(fields), JSON, min_size=1, max_size=3))
+    try:
+        spec = ModelSpec.from_config({**GOOD, **sizes, "model_type": kind, **changes})
+    except ValueError:
+        return
+    assert spec.parameters > 0 and spec.lora_parameters(1, "all-linear") > 0
 
 
 def test_cards_keep_three_sizes_apart():

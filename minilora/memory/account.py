@@ -6,6 +6,7 @@ through the two is followed to the real number. That takes milliseconds for any 
 """
 
 import json
+import sys
 from argparse import BooleanOptionalAction
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -22,7 +23,8 @@ IMPLEMENTATIONS = ("minilora", "transformers")
 ATTENTION = ("fused", "eager")
 BASES = ("device", "host", "disk")
 PARTS = ("frozen weights", "trainable weights", "visiting weights", "adapters", "optimizer", "gradients", "buckets",
-         "KV cache", "activations", "recomputed activations", "temporaries", "optimizer temporaries", "buffers", "inputs")
+         "KV cache", "activations", "recomputed activations", "temporaries", "optimizer temporaries", "buffers",
+         "inputs")
 
 
 class Run:
@@ -38,6 +40,8 @@ class Run:
                     raise ValueError(f"no {field.name} {value!r}; {near(str(value), map(str, known))}")
             elif least is not None and (type(value) is not int or not least <= value < 2**31):
                 raise ValueError(f"{field.name} must be an integer from {least} on, got {value!r}")
+            elif isinstance(field.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{field.name} must be True or False, got {value!r}")
 
     def check(self, spec: ModelSpec) -> None:
         """Refuse what this model cannot do."""
@@ -116,8 +120,8 @@ class Training(Run):
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if self.streamed and (self.method == "full" or not self.checkpointing or self.cards > 1):
-            raise ValueError(f"a base on the {self.base} visits layer by layer: that needs a frozen base (method lora or "
-                             "qlora), checkpointing, and one card")
+            raise ValueError(f"a base on the {self.base} visits layer by layer: that needs a frozen base (method lora "
+                             "or qlora), checkpointing, and one card")
 
     @property
     def tokens(self) -> int:
@@ -143,7 +147,7 @@ class Training(Run):
         """Weights that are on the device for a while: of a streamed base, or of one that is sharded, gathered from all
         cards. While a layer computes, the next one is fetched."""
         layer, outer = self.weight_bytes(spec)
-        adapters = 4 * spec.lora_parameters(self.rank, self.target_modules) // spec.layers if self.method != "full" else 0
+        adapters = sum(4 * self.rank * (m.inp + m.out) for m in self.targets(spec))
         if self.streamed:
             return [("a layer", layer), ("the next layer, or the head", max(layer, self.head_bytes(spec)))]
         if self.zero == 3 and self.cards > 1:
@@ -160,8 +164,9 @@ class Training(Run):
         trained = (weights if self.method == "full" else 4 * spec.lora_parameters(self.rank, self.target_modules))
         if self.streamed:
             rows = self.batch * self.seq * spec.embedding * WIDTH[self.dtype]
-            return {"layers, forward and backward": 2 * spec.layers * layer * self.accumulation,
-                    "head": self.head_bytes(spec) * self.accumulation, "rows of the embedding": rows * self.accumulation}
+            once = {"layers, forward and backward": 2 * spec.layers * layer, "head": self.head_bytes(spec),
+                    "rows of the embedding": rows}
+            return {what: size * self.accumulation for what, size in once.items()}
         if self.cards == 1:
             return {}
         others = lambda size: size * (self.cards - 1) // self.cards
@@ -222,7 +227,7 @@ LEAST = {"rank": 1, "batch": 1, "seq": 1, "accumulation": 1, "cards": 1, "prompt
 
 
 def four_bit_bytes(count: int, double: bool) -> int:
-    """A weight of so many elements as `quant.Linear4bit` stores it: 4.126953125 bits each, and 4 bytes (QLoRA, section 3)."""
+    """A weight of so many elements as `quant.Linear4bit` stores it: 4.126953125 bits each, and 4 bytes (QLoRA, 3)."""
     blocks = -(-count // 64)
     return blocks * 32 + (blocks + -(-blocks // 256) * 4 + 4 if double else blocks * 4)
 
@@ -284,14 +289,19 @@ class Bill:
                 "host": self.host, "disk": self.disk}
 
     def __str__(self):
-        rows = [(part, size, bytes_text(size), f"{size / self.peak:.1%}") for part, size in self.parts.items()]
+        return self.text()
+
+    def text(self, bars: bool = False) -> str:
+        """The bill as tables, with bars if asked for."""
+        rows = [(part, size, bytes_text(size), f"{size / self.peak:.1%}", "#" * round(40 * size / self.peak) * bars)
+                for part, size in self.parts.items()]
         items = [(row.part, row.name, row.count, row.bytes, bytes_text(row.bytes))
                  for row in sorted(self.rows, key=lambda row: -row.bytes)[:12]]
         rest = [f"{what}: {bytes_text(size)} a step" for what, size in self.moved.items()]
-        rest += [f"on the {place}: {bytes_text(size)}" for place, size in (("host", self.host), ("disk", self.disk)) if size]
+        rest += [f"on the {place}: {bytes_text(size)}" for place in BASES[1:] if (size := self.elsewhere(place))]
         return "\n\n".join((
             f"peak {bytes_text(self.peak)} ({self.peak:,} bytes) at: {self.moment}",
-            table(("part", "bytes", "", ""), [*rows, ("sum", self.peak, bytes_text(self.peak), "100.0%")]),
+            table(("part", "bytes", "", "", ""), [*rows, ("sum", self.peak, bytes_text(self.peak), "100.0%", "")]),
             table(("the largest items", "", "count", "bytes", ""), items), *rest))
 
 
@@ -379,7 +389,7 @@ def held(tape: Tape, t: int) -> dict[tuple[str, str], tuple[int, int]]:
 def memory_command(parser, arguments: list[str]) -> None:
     add_run_options(parser)
     parser.add_argument("--card", help="also say whether it fits this card: `cards` lists them")
-    parser.add_argument("--serve", action="store_true", help="answer prompts instead of training: see the options below")
+    parser.add_argument("--serve", action="store_true", help="answer prompts instead of training")
     serving = parser.add_argument_group("with --serve")
     for field in fields(Serving):
         if field.name not in Training.__dataclass_fields__:
@@ -395,7 +405,7 @@ def memory_command(parser, arguments: list[str]) -> None:
     if options.json:
         print(json.dumps(bill.to_dict() | ({"card": verdict.to_dict()} if verdict else {}), indent=2))
     else:
-        print(bill, *([verdict] if verdict else []), sep="\n\n")
+        print(bill.text(bars=sys.stdout.isatty()), *([verdict] if verdict else []), sep="\n\n")
 
 
 def add_run_options(parser) -> None:

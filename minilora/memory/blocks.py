@@ -81,7 +81,8 @@ class Matrix:
 
     def adapted(self, x: Tensor) -> Tensor:
         """`layers.LoRAFunction`: the adapter's part is added in place, and x, A and B are all that is kept."""
-        tape, inp, out, rank, rows = self.tape, self.linear.inp, self.linear.out, self.run.rank, x.count // self.linear.inp
+        tape, inp, out, rank = self.tape, self.linear.inp, self.linear.out, self.run.rank
+        rows = x.count // inp
         with tape.unrecorded():
             seen = self.dropped(x)[0]  # N in
             a = tape.cast(self.A, x.width)
@@ -186,8 +187,8 @@ class Decoder:
             return self.tape.linear(y, self.head, self.spec.vocab)
 
     def chunked_loss(self, y: Tensor) -> Tensor:
-        """The loss of so many tokens at a time and the gradient of y with it: logits, log-softmax and their gradient are
-        there of one chunk alone, and the head is needed once."""
+        """The loss of so many tokens at a time and the gradient of y with it: logits, log-softmax and their gradient
+        are there of one chunk alone, and the head is needed once."""
         tape, count, width = self.tape, y.count, y.width
         tape.module = "loss"
         node = tape.node("loss in chunks", [y], [], lambda s, g, n: [s[0]], late=True)
@@ -233,7 +234,8 @@ class OurDecoder(Decoder):
 
     def __init__(self, tape: Tape, spec: ModelSpec, run, layers: int):
         super().__init__(tape, spec, run, layers)
-        self.angles = [tape.state(spec.context * spec.head_dim, WIDTH[run.dtype], "buffers", "rotary table") for _ in "cs"]
+        size = spec.context * spec.head_dim, WIDTH[run.dtype]
+        self.angles = [tape.state(*size, "buffers", "rotary table") for _ in range(2)]
 
     def whole_loss(self) -> Tensor:
         return self.tape.cross_entropy(self.head_of(self.decode()), self.targets)

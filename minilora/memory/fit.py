@@ -1,8 +1,8 @@
 """Does it fit? On which cards, with how large a batch or sequence, on how many, and what to change first.
 
 Between what a bill says and what a card must have there is a gap that no sum closes: the allocator cannot use every gap
-between blocks, kernels take scratch, CUDA takes some for itself. So a need is a range, a card's memory too (`Card.usable`),
-and where the two overlap the answer is "too close to call".
+between blocks, kernels take scratch, CUDA takes some for itself. So a need is a range, a card's memory is one too
+(`Card.usable`), and where the two overlap the answer is "too close to call".
 """
 
 import json
@@ -47,7 +47,8 @@ class Verdict:
 
     def to_dict(self) -> dict:
         return {"card": self.card.name, "answer": self.answer, "margin": self.margin, "need_low": self.need[0],
-                "need_high": self.need[1], "usable_low": self.usable[0], "usable_high": self.usable[1], "bus_seconds": self.bus_seconds}
+                "need_high": self.need[1], "usable_low": self.usable[0], "usable_high": self.usable[1],
+                "bus_seconds": self.bus_seconds}
 
     def __str__(self):
         return (f"{self.card.name}: {self.answer}; needs {bytes_text(self.need[0])} to {bytes_text(self.need[1])} of "
@@ -136,8 +137,8 @@ def need(bill: Bill) -> tuple[int, int]:
 
 
 def scratch(bill: Bill) -> int:
-    """What the backward of flash attention takes and gives back: the gradient of q in fp32, and with grouped heads those
-    of k and v for every query head."""
+    """What the backward of flash attention takes and gives back: the gradient of q in fp32, and with grouped heads
+    those of k and v for every query head."""
     run, spec = bill.run, bill.spec
     elements = run.batch * run.seq * spec.heads * spec.head_dim
     return elements * (4 + 2 * WIDTH["bfloat16"] * (spec.heads != spec.kv_heads))
@@ -187,12 +188,13 @@ def ranked_changes(spec: ModelSpec, run: Training, answer: Callable[[Training], 
     return tuple(sorted(tried.values(), key=lambda c: -c.saves))
 
 
+STREAMED = {"base": "host", "checkpointing": True, "cards": 1, "zero": 0}
 CHANGES: dict[str, Callable[[Training], dict]] = {
     "train adapters, not every weight (lora)": lambda r: {"method": "lora"} if r.method == "full" else {},
     "keep the base in 4 bits (qlora)": lambda r: {"method": "qlora"},
     "recompute activations (checkpointing)": lambda r: {"checkpointing": True},
-    "half the batch, gradients accumulated": lambda r: {"batch": max(r.batch // 2, 1), "accumulation": 2 * r.accumulation}
-    if r.batch > 1 else {},
+    "half the batch, gradients accumulated": lambda r: ({"batch": r.batch // 2, "accumulation": 2 * r.accumulation}
+                                                        if r.batch > 1 else {}),
     "half the sequence": lambda r: {"seq": max(r.seq // 2, 1)},
     "half the rank": lambda r: {"rank": max(r.rank // 2, 1)} if r.method != "full" else {},
     "fewer targets (the family's default)": lambda r: {"target_modules": None} if r.method != "full" else {},
@@ -203,10 +205,8 @@ CHANGES: dict[str, Callable[[Training], dict]] = {
     "fused attention": lambda r: {"attention": "fused"},
     "our decoder and adapters": lambda r: {"implementation": "minilora", "attention": "fused"},
     "share it all out over 2 cards (ZeRO-3)": lambda r: {"cards": 2 * r.cards, "zero": 3},
-    "stream the base from the host, layer by layer": lambda r: {"base": "host", "checkpointing": True, "cards": 1, "zero": 0}
-    if r.method != "full" else {},
-    "stream a 4-bit base from the host": lambda r: {"method": "qlora", "base": "host", "checkpointing": True, "cards": 1,
-                                                    "zero": 0},
+    "stream the base from the host, layer by layer": lambda r: STREAMED if r.method != "full" else {},
+    "stream a 4-bit base from the host": lambda r: STREAMED | {"method": "qlora"},
 }
 
 

@@ -13,8 +13,8 @@ SOFTCAP = (("divided by the cap",), ("tanh", "output"), ("times the cap",))  # c
 
 
 class PeftMatrix(Matrix):
-    """`peft.tuners.lora.Linear`: x is copied to the adapter's fp32, and the sum is made in fp32 and cast back; on a 4-bit
-    base `Linear4bit`, which works on a copy of the base's output."""
+    """`peft.tuners.lora.Linear`: x is copied to the adapter's fp32, and the sum is made in fp32 and cast back; on a
+    4-bit base `Linear4bit`, which works on a copy of the base's output."""
 
     def adapted(self, x: Tensor) -> Tensor:
         tape, rank, out = self.tape, self.run.rank, self.linear.out
@@ -307,7 +307,7 @@ class Transformers(Decoder):
         return tape.mul(half, t, "output")
 
     def gelu_bloom(self, x: Tensor) -> Tensor:
-        """The same as one function, which keeps only x; of its temporaries at most four live at once, five in backward."""
+        """The same as one function, which keeps only x; at most four temporaries live at once, in backward five."""
         tape, count, width = self.tape, x.count, x.width
 
         def temporaries(most: int, then: str) -> Tensor:

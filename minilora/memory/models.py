@@ -60,6 +60,7 @@ NAMES = {
     "opt": {"intermediate_size": "ffn_dim"},
     "bloom": {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "max_position_embeddings": "seq_length"},
 }
+MOST = {"num_hidden_layers": 10_000}  # no model is deeper
 ACTIVATION_FIELD = {"gpt2": "activation_function", "opt": "activation_function", "gemma2": "hidden_activation",
                     "bloom": "activation"}
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_bloom")
@@ -91,7 +92,8 @@ class ModelSpec:
         context: the longest sequence; 0 where nothing bounds it (ALiBi without a stated length).
         tied: the output head is the token embedding.
         positions: rows of a learned position table, 0 without one.
-        activation: as config.json calls it. dropout, attention_dropout: of the residual stream and of attention's weights.
+        activation: as config.json calls it.
+        dropout, attention_dropout: of what is added to the residual stream, and of attention's weights.
         embedding: width of the token embedding; hidden, but in OPT-350M.
         last_norm: whether a norm stands before the head (all but OPT-350M).
     """
@@ -175,8 +177,8 @@ class ModelSpec:
                 raise ValueError(f"target {entry!r} matches no linear of a layer of {self.name}; "
                                  + (f"near it: {', '.join(near)}" if near else f"there are: {', '.join(short)}"))
             if any(h != hits[0] for h in hits):
-                raise ValueError(f"target {entry!r} means other matrices in one layer than in another; the bill is made "
-                                 f"for layers that are alike. There are: {', '.join(short)}")
+                raise ValueError(f"target {entry!r} means other matrices in one layer than in another; the bill is "
+                                 f"made for layers that are alike. There are: {', '.join(short)}")
         return tuple(m for m in linears if config.matches(f"{self.layout.layer}0.{m.name}"))
 
     def lora_parameters(self, rank: int, wanted: str | Iterable[str] | None = None) -> int:
@@ -207,20 +209,20 @@ class ModelSpec:
         """
         config, name = (source, "config") if isinstance(source, Mapping) else read_config(Path(source))
         kind = family or config.get("model_type")
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(unknown_family(kind, config, name))
         f, names = FAMILIES[kind], NAMES.get(kind, {})
 
         def size(field: str, default: int | None = None, least: int = 1) -> int:
-            field = names.get(field, field)
-            key = OLD_NAMES[field] if field not in config and OLD_NAMES.get(field) in config else field
+            key = names.get(field, field)
+            key = OLD_NAMES[key] if key not in config and OLD_NAMES.get(key) in config else key
             value = config.get(key)
             if value is None and default is not None:
                 return default
             if key not in config:
                 raise ValueError(f"{name}: a {kind} config lacks {key}")
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name}: {key} must be a positive integer, got {value!r}")
+            if type(value) is not int or not least <= value < MOST.get(field, 2**31):
+                raise ValueError(f"{name}: {key} must be a positive integer of a sensible size, got {value!r}")
             return value
 
         def flag(field: str, default: bool) -> bool:

@@ -33,7 +33,7 @@ def play(spec: ModelSpec, run, layers: int) -> Tape:
 
 
 def play_prefill(spec: ModelSpec, run, layers: int) -> Tape:
-    """The forward over the prompts, with the cache and every adapter in place: the moment at which serving holds most."""
+    """The forward over the prompts, with the cache and every adapter in place: when serving holds most."""
     tape = Tape()
     model = decoder(tape, spec, run, layers)
     others = [tape.state(t.count, t.width, "adapters", "the other adapters") for t, _ in tape.leaves
@@ -84,7 +84,7 @@ def nothing(tape: Tape, leaves: list) -> None:
 
 
 def adamw_8bit_state(tape: Tape, leaf: Tensor, rows: int) -> list[Tensor]:
-    """bitsandbytes: a byte an element and fp32 per block of 256 (Dettmers 2021, 2110.02861); fp32 below 4096 elements."""
+    """bitsandbytes: a byte an element and fp32 a block of 256 (Dettmers 2021, 2110.02861); below 4096 elements fp32."""
     if leaf.count < 4096:
         return [tape.state(leaf.count, 4, "optimizer", name) for name in ("adam m", "adam v")]
     return [tape.state(*size, "optimizer", name) for name in ("adam m", "adam v")

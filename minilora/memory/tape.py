@@ -1,7 +1,7 @@
-"""A tensor library that knows only sizes. A training step is played on it, and every storage's birth and death is noted.
+"""A tensor library that knows only sizes: a training step is played on it, and each storage's birth and death noted.
 
 It is torch without numbers: an operator allocates its result, keeps for backward what its derivative needs, and the
-engine hands gradients back along the graph. Python itself frees a storage when nobody holds it, as it does in torch, so
+engine hands gradients back along the graph. CPython itself frees a storage when nobody holds it, as in torch, so
 a decoder written here (`blocks.py`) holds what the same lines hold in torch. What each operator keeps is from torch's
 derivatives.yaml; which kernels run is as on CUDA: fused attention, fused RMSNorm in fp32, autocast's lists.
 
@@ -56,7 +56,11 @@ class Tensor:
 
 
 class Node:
-    """One step of backward. `edges`: per input the (node, slot) that made it, its count and width; None: no gradient."""
+    """One step of backward.
+
+    place: phase, layer and module that made it. leaf: of a leaf's node, the tensor whose gradient it takes.
+    edges: per input the (node, slot) that made it, its count and width; None where no gradient is asked for.
+    """
 
     __slots__ = ("order", "place", "name", "edges", "saved", "backward", "leaf", "copies")
 
@@ -172,8 +176,7 @@ class Tape:
             return None
         self.order += 1
         edges = [((t.node, t.slot), t.count, t.width) if t is not None and t.needs else None for t in inputs]
-        node = Node(self.order, self.place, name, edges, backward)
-        node.place = (*self.place, self.module)
+        node = Node(self.order, (*self.place, self.module), name, edges, backward)
         if not late:
             self.keep(node, saved)
         return node
@@ -205,15 +208,15 @@ class Tape:
         return y
 
     def recompute(self, frame: Frame) -> None:
-        place, module, casts = self.place, self.module, self.casts
-        self.place, self.frame, self.replaying, frame.kept, self.casts = ("recompute", frame.place[1]), frame, True, [], {}
-        self.part = "recomputed activations"
+        before = self.place, self.module, self.casts
+        self.place, self.casts, self.part = ("recompute", frame.place[1]), {}, "recomputed activations"
+        self.frame, self.replaying, frame.kept = frame, True, []
         try:
             frame.run(frame.x)
         except Enough:
             pass
-        self.place, self.module, self.frame, self.replaying, self.casts = place, module, None, False, casts
-        self.part = "temporaries"
+        self.place, self.module, self.casts = before
+        self.frame, self.replaying, self.part = None, False, "temporaries"
 
     def backward(self, loss: Tensor) -> None:
         """Run the graph from the scalar `loss` back; leaves get their gradients."""
@@ -293,8 +296,8 @@ class Tape:
     def cast(self, x: Tensor, width: int) -> Tensor:
         if x.width == width:
             return x
-        node = self.node("cast", [x], [], lambda s, g, n: [self.new(x_count, x_width, "cast gradient")])
-        x_count, x_width = x.count, x.width
+        size = x.count, x.width
+        node = self.node("cast", [x], [], lambda s, g, n: [self.new(*size, "cast gradient")])
         return self.new(x.count, width, "cast", node=node)
 
     def amp_width(self, x: Tensor) -> int:
@@ -320,7 +323,7 @@ class Tape:
         size, width = x.count, x.width
 
         def back(saved, grads, needs):
-            made = [self.new(size if count in (0, size) or name == "gradient" else count, width, name) for name in backward]
+            made = [self.new(size if name == "gradient" else count or size, width, name) for name in backward]
             return [made[-1] if made else grads[0]]
 
         node = self.node(what, [x], [x] if saves == "input" else [], back, late=saves == "output")
@@ -376,7 +379,7 @@ class Tape:
 
     def linear(self, x: Tensor, w: Tensor, out: int, bias: Tensor | None = None, what: str = "output",
                flat: bool = False) -> Tensor:
-        """x (N in, .) -> (N out, .) by w (out in, .). `flat`: x has two dimensions, so that nothing need be reshaped."""
+        """x (N in, .) -> (N out, .) by w (out in, .). `flat`: x has two dimensions, so that no view is needed."""
         inp = w.count // out
         rows = x.count // inp
         bias, w, x = self.amp(bias), self.amp(w), self.amp(x)
@@ -455,7 +458,7 @@ class Tape:
         sizes = [(t.count, t.width) for t in (q, k, v)]
 
         def back(saved, grads, needs):
-            return [self.new(*size, f"gradient of {name}", also=i > 0) for i, (size, name) in enumerate(zip(sizes, "qkv"))]
+            return [self.new(*size, f"gradient of {'qkv'[i]}", also=i > 0) for i, size in enumerate(sizes)]
 
         node = self.node("attention", [q, k, v], [q, k, v], back)
         out = self.new(q.count, q.width, "output", node=node)

@@ -1,7 +1,7 @@
 """How much more than its tensors the caching allocator holds: reserved / allocated at the peak, over traced steps.
 
-`minilora.memory.fit` multiplies by the largest ratio seen here when it says what a card must have. The trace replays the
-allocator's pools without a limit; a real allocator that meets one gives empty segments back first, so this is the worst.
+`minilora.memory.fit` multiplies by the largest ratio when it says what a card must have. The trace replays the
+allocator's pools without a limit; a real allocator that meets one gives empty segments back first: this is the worst.
 
     python tests/bench/fragmentation.py        (about two minutes)
 """
@@ -24,7 +24,7 @@ def ratio(name: str, options: dict) -> float:
     with fake():
         step = training_step(config, **options)
     t = measure(step)
-    print(f"{name:14} {t.peak / 2**30:7.2f} GiB allocated, {t.reserved / 2**30:7.2f} reserved, {t.reserved / t.peak:.3f}  "
+    print(f"{name:14} {t.peak / 2**30:7.2f} GiB allocated, {t.reserved / t.peak:.3f} times that reserved: "
           + ", ".join(f"{key} {value}" for key, value in options.items()), flush=True)
     return t.reserved / t.peak
 

@@ -1,4 +1,4 @@
-"""Ten fine-tunes with transformers and peft: what our bill and public calculators say, beside the trace of the real modules.
+"""Ten fine-tunes with transformers and peft: what our bill and public calculators say, beside the trace.
 
 GiB at the peak, and the difference from the trace. The trace counts tensors; peers that add an allowance for CUDA or
 fragmentation are taken without it where they say how large it is. "-" is a fine-tune that a peer has no answer for.
@@ -62,8 +62,8 @@ def fitcheck(spec: ModelSpec, run: Training, model) -> float:
 
     if not spec.layout.rms:
         return float("nan")  # it reads no GPT-2
-    config = fitcheck.ModelConfig(spec.name, spec.parameters, spec.hidden, spec.layers, spec.heads, spec.kv_heads, spec.ffn,
-                                  spec.vocab, spec.head_dim, spec.tied)
+    config = fitcheck.ModelConfig(spec.name, spec.parameters, spec.hidden, spec.layers, spec.heads, spec.kv_heads,
+                                  spec.ffn, spec.vocab, spec.head_dim, spec.tied)
     targets = [m.name.rpartition(".")[2] for m in spec.targets(run.target_modules)] if run.method != "full" else []
     report = fitcheck.estimate(config, fitcheck.TrainingConfig(
         precision="fp32" if run.dtype == "float32" and not run.autocast else "bf16", optimizer="adamw",
@@ -112,5 +112,6 @@ if __name__ == "__main__":
         rows.append((f"{name} {what}", f"{truth / 2**30:.2f}", *cells))
         print(rows[-1], flush=True, file=sys.stderr)
     known = {who: [abs(e) for e in found if e == e] for who, found in errors.items()}
-    rows.append(("mean absolute difference", "", *(f"{sum(e) / len(e):.1%} of {len(e)}" if e else "-" for e in known.values())))
+    means = (f"{sum(e) / len(e):.1%} of {len(e)}" for e in known.values())
+    rows.append(("mean absolute difference", "", *means))
     print(table(("fine-tune", "trace", "ours", *PEERS), rows))
