@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import minilora.quant  # before any fake mode: its levels are computed when it is imported
+import minilora.quant
 from minilora.__main__ import main
 from minilora.llama import Cache, Llama, LlamaConfig
 from minilora.memory import ModelSpec, Training, estimate, fake, trace, training_step

@@ -13,6 +13,7 @@ from torch import nn
 from ..config import ALL_LINEAR, LoRAConfig
 from ..insert import inject
 from ..llama import Llama, LlamaConfig
+from ..quant import quantise_model  # here, not on fake tensors: its levels are computed when it is imported
 from ..train import reply_loss
 from .trace import fake, measure
 
@@ -81,8 +82,6 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
 def our_model(config: LlamaConfig, lora: LoRAConfig | None, dtype: torch.dtype, checkpointing: bool, four_bit: bool):
     model = Llama(config, seed=0).to(dtype)
     if four_bit:
-        from ..quant import quantise_model
-
         quantise_model(model)
     if lora:
         inject(model, lora)

@@ -6,7 +6,6 @@ allocator's pools without a limit; a real allocator that meets one gives empty s
     python tests/bench/fragmentation.py        (about two minutes)
 """
 
-import minilora.quant  # noqa: F401  before any fake mode
 from minilora.llama import LlamaConfig
 from minilora.memory import ModelSpec, fake, measure, training_step
 
