@@ -321,6 +321,24 @@ def test_exact_match_is_greedy_generation(learnt):
     assert evaluate(model, examples).exact == sum(right) / len(right)
 
 
+def test_one_wrong_token_anywhere_in_the_reply_is_a_miss():
+    ids, targets = collate([Example("<customer> hello <agent>", "hello mia .")])
+
+    class Sure(nn.Module):
+        """Says the reply, but for the place `wrong`."""
+
+        def forward(self, seen):
+            assert torch.equal(seen, ids)
+            said = targets.clone()
+            said[0, self.wrong] += 1
+            return nn.functional.one_hot(said.clamp_min(0), len(tokenizer())).float()
+
+    model, exact = Sure(), []
+    for model.wrong in range(ids.shape[1]):  # the prompt's two places do not count, the reply's four do, <end> included
+        exact.append(evaluate(model, [Example("<customer> hello <agent>", "hello mia .")]).exact)
+    assert exact == [1, 1, 0, 0, 0, 0]
+
+
 def test_the_loss_is_the_mean_over_reply_tokens_however_they_are_batched(learnt):
     model, examples = learnt
     losses, counts = [], []

@@ -4,10 +4,10 @@
 
 Both have the same random weights, in fp32, and get the same batches in turns, in one process; what they compute is
 checked to be equal. A figure is the median over the rounds, in milliseconds of wall time; a ratio is transformers'
-median over ours, so above 1 we are faster. The last ratio is of the medians of processor time, which other programs on
-a busy machine disturb less. A training step is forward, loss, backward and AdamW on 64 rows of 80 tokens, as in pretraining.
-Generation is a help-desk reply (40 tokens in, 24 out) and on to the end of the context (40 in, 216 out), with a stop
-token that never comes, so that both make every token.
+median over ours, so above 1 we are faster. The last ratio is of the medians of processor time, which other programs
+on a busy machine disturb less. A training step is forward, loss, backward and AdamW on 64 rows of 80 tokens, as in
+pretraining. Generation is a help-desk reply (40 tokens in, 24 out) and on to the end of the context (40 in, 216 out),
+with a stop token that never comes, so that both make every token.
 """
 
 import argparse
