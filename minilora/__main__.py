@@ -1,6 +1,7 @@
 """The command line: ``python -m minilora COMMAND ...``. What a command does stands in its room."""
 
 import argparse
+import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
@@ -41,6 +42,9 @@ def main(arguments: list[str]) -> int:
         room, what = COMMANDS[name]
         run = getattr(import_module(f"minilora.{room}"), f"{name}_command")
         run(Parser(prog=f"python -m minilora {name}", description=what), rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` say, has had enough; nor may the flush at exit complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"minilora {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ from . import insert as lora
 from .adapters import (AdapterFile, check_base, fingerprint, load_adapter, read_settings, read_tensors, save_adapter,
                        write_adapter)
 from .config import ALL_LINEAR, LoRAConfig, entry_matches, need
-from .layers import LoRALayer, adapter_options, kind_of, shape_of
+from .layers import LoRALayer, Wrapper, adapter_options, kind_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -376,7 +376,7 @@ class Bottleneck(Relative):
         return h + F.linear(F.gelu(F.linear(h, *down)), *up)  # (..., C) -> (..., m) -> (..., C)
 
 
-class WrappedDecoder(Relative):
+class WrappedDecoder(Wrapper, Relative):
     """The decoder with virtual tokens before its text; otherwise it looks as it did."""
 
     @property
@@ -386,14 +386,6 @@ class WrappedDecoder(Relative):
     @checkpointing.setter
     def checkpointing(self, on: bool):
         self.base_layer.checkpointing = on
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or name.startswith("_"):
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
 
 
 class PromptedDecoder(WrappedDecoder):

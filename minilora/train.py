@@ -217,7 +217,11 @@ def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: fl
 
     `steps` at a peak learning rate of `lr`, then `more` at a third of it, in which every other conversation is one
     about listed facts: looking up comes late. A run that was interrupted goes on from its checkpoints in `folder`.
+
+    Raises:
+        ValueError: `early` is not among the first `steps`; else what `train` and `stream` raise.
     """
+    need(steps < 1 or 0 <= early < steps, f"early must be from 0 to below the {steps} steps", early)
     config = LlamaConfig(len(tokenizer()), hidden_size=160, intermediate_size=448, num_hidden_layers=4,
                          num_attention_heads=5, max_position_embeddings=256, tie_word_embeddings=True)
     model = Llama(config, seed)

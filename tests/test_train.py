@@ -420,6 +420,8 @@ def test_pretraining_ships_both_bases_and_goes_on_where_it_stopped(tmp_path, mon
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert room.main(["--folder", str(tmp_path), "--steps", "0"]) == 2
     assert capsys.readouterr().err == "minilora.train: steps must be an integer from 1 on, got 0\n"
+    assert room.main(["--folder", str(tmp_path), "--steps", "5", "--early", "5"]) == 2
+    assert capsys.readouterr().err == "minilora.train: early must be from 0 to below the 5 steps, got 5\n"
     (tmp_path / "pretraining_1.safetensors").write_bytes(b"no checkpoint")
     assert room.main(["--folder", str(tmp_path)]) == 2
     said = capsys.readouterr().err
