@@ -63,6 +63,16 @@ def adapt(task: str, config: LoRAConfig | None = None, *, base: str | nn.Module 
     return Run(model, log, *evaluate(model, data.test))
 
 
+SWEEPS: dict[str, Callable[[], list[dict]]] = {}
+
+
+def sweep(function: Callable[[], list[dict]]) -> Callable[[], list[dict]]:
+    """Makes a function that trains and returns rows a sweep of the command line."""
+    SWEEPS[function.__name__] = function
+    return function
+
+
+@sweep
 def targets() -> list[dict]:
     """Notebook 03: which modules to adapt, at (nearly) one budget of trainable parameters; full fine-tuning beside."""
     budgets = {"q": (("q_proj",), 16), "k": (("k_proj",), 16), "v": (("v_proj",), 16), "o": (("o_proj",), 16),
@@ -74,9 +84,6 @@ def targets() -> list[dict]:
         rows.append({"task": task, "targets": name, "rank": rank, "seed": seed, "trained": run.log.trained,
                      "loss": round(run.loss, 4), "exact": run.exact})
     return rows
-
-
-SWEEPS = {f.__name__: f for f in (targets,)}
 
 
 def grid(*axes) -> tqdm:
