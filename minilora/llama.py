@@ -1,4 +1,4 @@
-"""The decoder of the notebooks: a Llama in 200 lines, and the reading and writing of its checkpoint folders.
+"""The decoder of the notebooks: a Llama in about 250 lines, and the reading and writing of its checkpoint folders.
 
 Parameter names are Hugging Face's (``model.layers.0.self_attn.q_proj.weight`` ...), so a real Llama, Mistral or
 Qwen2 checkpoint folder loads unchanged, and an adapter trained here opens there.
@@ -14,6 +14,8 @@ width and V the vocabulary.
 import json
 import math
 import os
+from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -193,12 +195,19 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
         self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
         self.o_proj = nn.Linear(q, c.hidden_size, bias=c.attention_out_bias)
+        self.heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)  # of q, k, v
+        self.joined = None  # see `joined`
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "Cache | None",
                 layer: int) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, D)
-                   for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.joined:
+            qkv = self.joined(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + K + K, T, D)
+            qk, v = qkv.split((sum(self.heads[:2]), self.heads[2]), dim=1)
+            q, k = rotate(qk, cos, sin).split(self.heads[:2], dim=1)
+        else:
+            q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, D)
+                       for p in (self.q_proj, self.k_proj, self.v_proj))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, T seen, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
@@ -214,9 +223,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.joined = None  # see `joined`
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C) -> (B, T, F) -> (B, T, C)
+        gate, up = self.joined(x).chunk(2, dim=-1) if self.joined else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(F.silu(gate) * up)  # (B, T, C) -> (B, T, F) -> (B, T, C)
 
 
 class Block(nn.Module):
@@ -250,6 +261,37 @@ class Cache:
         end = self.length + k.shape[2]
         keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
         return keys[:, :, :end], values[:, :, :end]
+
+
+class Joined:
+    """Linears that share their input, as one product: x @ (in, sum of out)."""
+
+    def __init__(self, *linears: nn.Linear):
+        self.weight = torch.cat([p.weight for p in linears]).T.contiguous()  # so that few rows of x go faster
+        self.bias = torch.cat([p.bias for p in linears]) if linears[0].bias is not None else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+@contextmanager
+def joined(layers: Iterable["Block"]):
+    """Within, q, k, v are one product and so are gate and up: where weights are small, calls are what a token costs.
+
+    Linears that are adapted, hooked or large stay as they are: large ones would cost memory and gain nothing.
+    """
+    parts = [(m, [getattr(m, f"{name}_proj") for name in names]) for block in layers
+             for m, names in ((block.self_attn, "qkv"), (block.mlp, ("gate", "up")))]
+    for module, linears in parts:
+        if all(type(p) is nn.Linear and not p._forward_hooks and not p._forward_pre_hooks
+               and p.weight.numel() <= 2**20 for p in linears):
+            module.joined = Joined(*linears)
+    try:
+        yield
+    finally:
+        for module, _ in parts:
+            module.joined = None
 
 
 class Decoder(nn.Module):
@@ -331,7 +373,7 @@ class Llama(nn.Module):
                              f"{ids.shape[1]} and max_new {max_new}")
         cache, out, step = Cache(ids.shape[1] + max_new), [ids[:, :0]], ids
         done = torch.zeros_like(ids[:, :1], dtype=torch.bool)  # (B, 1)
-        with torch.inference_mode():  # less work for each small operation than under no_grad
+        with torch.inference_mode(), joined(self.model.layers):  # inference mode: less work an operation than no_grad
             while len(out) <= max_new and not done.all():
                 # only the last position's logits are needed, so the head never sees the rest
                 step = self.lm_head(self.model(step, cache)[:, -1:]).argmax(-1)  # (B, 1)

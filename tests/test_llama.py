@@ -185,6 +185,23 @@ def test_a_row_that_has_stopped_stays_stopped_and_all_stopped_ends_it():
         assert row[:until] == before[:until] and set(row[until:]) <= {stop}
 
 
+def test_generation_joins_plain_linears_only_and_leaves_no_trace():
+    model, seen = our_llama(), []
+    expected = model.generate(IDS[:, :6], 4)
+    block, other = model.model.layers[0], model.model.layers[1]
+    block.self_attn.q_proj.register_forward_hook(lambda *_: seen.append("q"))
+    inject(block.mlp, LoRAConfig(2, target_modules=("up_proj",)))
+    last = model.lm_head.register_forward_hook(lambda *_: seen.append(
+        [bool(m.joined) for b in (block, other) for m in (b.self_attn, b.mlp)]))
+    assert torch.equal(model.generate(IDS[:, :6], 4), expected)
+    assert seen == ["q", [False, False, True, True]] * 4  # a hook and an adapter are obeyed
+    last.remove()
+    other.self_attn.o_proj.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.generate(IDS[:, :6], 4)
+    assert all(m.joined is None for b in model.model.layers for m in (b.self_attn, b.mlp))
+
+
 def test_what_is_generated_can_be_trained_on():
     model, kept = our_llama().train(), []
     watch = model.lm_head.register_forward_hook(lambda module, args, logits: kept.append(logits.requires_grad))
