@@ -1,11 +1,12 @@
 # Everything sets itself up in .venv; a second run finds it done.
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v python)
 BIN := .venv/bin
+ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)  # as in a container
 
 .PHONY: lab run test clean
 
 lab: .venv/.base
-	$(BIN)/jupyter lab notebooks/01_what_does_changing_every_weight_cost.ipynb
+	$(BIN)/jupyter lab $(ROOT) notebooks/01_what_does_changing_every_weight_cost.ipynb
 
 run: .venv/.base
 	$(BIN)/python tests/run_notebooks.py
