@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v pyth
 BIN := .venv/bin
 ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)  # as in a container
 
-.PHONY: lab run test clean
+.PHONY: lab run test release grade clean
 
 lab: .venv/.base
 	$(BIN)/jupyter lab $(ROOT) notebooks/01_what_does_changing_every_weight_cost.ipynb
@@ -14,6 +14,13 @@ run: .venv/.base
 test: .venv/.dev
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --nbval --nbval-current-env notebooks
+
+release: .venv/.base
+	$(BIN)/python -m minilora.release notebooks release
+
+# make grade DIR=submissions
+grade: .venv/.base
+	$(BIN)/python -m minilora.grade $(DIR)
 
 clean:
 	rm -rf .venv
