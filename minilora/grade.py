@@ -1,7 +1,7 @@
 """Grades a folder of submitted notebooks, without nbgrader: ``python -m minilora.grade FOLDER [--csv grades.csv]``.
 
-A submission is a file NN_*.ipynb anywhere under FOLDER, and its student the path to it: FOLDER/mia/02_....ipynb. Each is
-read in a process of its own, and the checkers of `minilora.check` are asked about what it defines; outputs, and checks
+A submission is a file NN_*.ipynb anywhere under FOLDER, and its student the first folder: FOLDER/mia/02_....ipynb. Each
+is read in a process of its own, and the checkers of `minilora.check` are asked about what it defines; outputs, and checks
 that were edited, do not count. The CSV has a row for each exercise: student, notebook, exercise, points, of, message.
 
 To be quick, only imports, functions and classes are run; where an exercise then misses a name, the whole notebook is.
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m minilora.grade", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--csv", type=Path, default=Path("grades.csv"), help="(default: grades.csv)")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for a cell or an exercise (default: {SECONDS})")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"a cell or an exercise (default: {SECONDS})")
     options = parser.parse_args(arguments)
     papers = sorted(p for p in options.folder.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     if not papers:

@@ -1,4 +1,4 @@
-"""Grading a folder: points for what is right, a message for what is not, and nothing lost, whatever a submission does."""
+"""Grading a folder: points for what is right, a message for what is not, and nothing is lost whatever comes in."""
 
 import csv
 import json

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import nbformat
@@ -41,8 +44,8 @@ class Triple:
 
 
 def cell(source, solution):
-    meta = dict(schema_version=3, grade_id=source[:9], solution=solution, grade=not solution, locked=not solution,
-                points=1)
+    meta = dict(schema_version=3, grade_id="double" if solution else "check", solution=solution, grade=not solution,
+                locked=not solution, task=False) | ({} if solution else {"points": 1})
     return new_code_cell(source, metadata={"nbgrader": meta}, execution_count=2,
                          outputs=[new_output("stream", name="stdout", text="ok: double is right")])
 
@@ -134,3 +137,25 @@ def test_the_command(book, tmp_path, capsys):
     assert main([str(tmp_path), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"1 student notebooks in {tmp_path / 'out'}\n"
     assert main(["a", "b", "c"]) == 2
+
+
+def test_nbgrader_releases_grades_and_gives_feedback(book, tmp_path, monkeypatch):
+    from nbgrader.apps import NbGraderAPI
+    from traitlets.config import Config
+
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # it calls alembic
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source" / "week").mkdir(parents=True)
+    nbformat.write(book, tmp_path / "source" / "week" / "01_a.ipynb")
+    course = NbGraderAPI(config=Config({"CourseDirectory": {"root": str(tmp_path)}}))
+    assert course.generate_assignment("week")["success"]
+    blank = tmp_path / "release" / "week" / "01_a.ipynb"
+    assert STUDENT in nbformat.read(blank, as_version=4).cells[1].source
+    for student, file in (("solved", tmp_path / "source" / "week" / "01_a.ipynb"), ("blank", blank)):
+        (tmp_path / "submitted" / student / "week").mkdir(parents=True)
+        shutil.copy(file, tmp_path / "submitted" / student / "week")
+        assert course.autograde("week", student)["success"] and course.generate_feedback("week", student)["success"]
+        page = (tmp_path / "feedback" / student / "week" / "01_a.html").read_text()
+        assert ("not yet: double is not written yet" in page) == (student == "blank")
+    with course.gradebook as grades:
+        assert {s.student.id: s.score for s in grades.assignment_submissions("week")} == {"solved": 1, "blank": 0}

@@ -1,0 +1,136 @@
+"""Writes what the notebooks already say into the pages that gather it: ``python tests/pages.py``.
+
+README.md gets the map of the notebooks and the ledger of claims; notebooks/TEACHING.md gets the misconception behind
+each wrong answer to a prediction. A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types
+there. A test holds the pages against the notebooks.
+"""
+
+import importlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+
+from minilora.check import Estimate, Prediction, brief
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ROW = re.compile(r"^\|(.+)\|(.+)\|(.+)\|[ \t]*$", re.MULTILINE)
+SOURCE = re.compile(r"\s*\(([^()]*\b(?:lesson|paper|concept|insight|troubleshooting|connection|section|theorem|table|figure"
+                    r"|abstract|appendix|title)\b[^()]*)\)\s*$", re.IGNORECASE)
+HEART = {"01": "a census of one training step, formula against measured bytes",
+         "02": "recover a hidden low-rank update, rank by rank",
+         "03": "one budget spent on different modules of a pretrained decoder",
+         "04": "alpha / r against alpha / sqrt(r), rank 1 to 256",
+         "05": "the spectra of real updates, full fine-tuning's and LoRA's, beside random controls",
+         "06": "LoRA against full fine-tuning, each at its own best learning rate, near task and far",
+         "07": "six faults, diagnosed blind from curves and reports",
+         "08": "a thousand merges and unmerges, naive and exact",
+         "09": "every adapter on every task and base",
+         "10": "NF4 from normal quantiles, and an adapter on a 4-bit base",
+         "11": "the title of the lesson put to the test: what fits, and the streamed base that makes it so",
+         "12": "prompt, prefix, (IA)3, bottleneck adapters, BitFit and LoRA on one task",
+         "13": "capstone: budget, train, compare, ship, defend",
+         "14": "optional: the same steps on a real pretrained transformer"}
+
+
+@dataclass
+class Claim:
+    """One row of a notebook's last table."""
+
+    notebook: Path
+    text: str
+    source: str
+    shown: str
+    verdict: str
+
+    @property
+    def cells(self) -> list[int]:
+        """The numbers of the code cells that show it."""
+        return [int(n) for part in re.findall(r"\bcells? ((?:\d+(?:, | and | to )?)+)", self.shown)
+                for n in re.findall(r"\d+", part)]
+
+
+def markdown(path: Path) -> list[str]:
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+
+
+def claims(path: Path) -> list[Claim]:
+    """The claims of one notebook, in order; the source is what stands in brackets at the end of a claim."""
+    table = "\n".join(markdown(path)).split("## What you can now claim")[-1]
+    found = []
+    for text, shown, verdict in ROW.findall(table)[2:]:
+        source = SOURCE.search(text)
+        who = re.sub(r"^(?=concept|key insight|troubleshooting|connection)", "the lesson, ", source[1]) if source else ""
+        found.append(Claim(path, SOURCE.sub("", text).strip(), who, shown.strip(), verdict.strip()))
+    return found
+
+
+def ledger() -> str:
+    """Every claim that someone else made, the lesson's first, then the LoRA paper's, then those of other papers."""
+    everything = [claim for path in NOTEBOOKS for claim in claims(path) if claim.source]
+    lesson = re.compile("lesson|concept|insight|troubleshooting|connection", re.IGNORECASE)
+    rank = {id(c): 0 if lesson.search(c.source) else 1 if re.search(r"^(the )?paper\b", c.source) else 2
+            for c in everything}
+    lines = ["| claim | made in | tested in | verdict |", "|---|---|---|---|"]
+    for c in sorted(everything, key=lambda c: rank[id(c)]):
+        where = f"[{c.notebook.name[:2]}](notebooks/{c.notebook.name})"
+        if c.cells:
+            where += f", cell{'s' * (len(c.cells) > 1)} {', '.join(map(str, c.cells))}"
+        lines.append(f"| {c.text} | {c.source} | {where} | {c.verdict} |")
+    return "\n".join(lines)
+
+
+def sequence() -> str:
+    """The map: every notebook, the experiment at its heart, and its minutes, as its first cell has them."""
+    lines = ["| | notebook | the experiment at its heart | minutes |", "|---|---|---|---|"]
+    for path in NOTEBOOKS:
+        first, number = markdown(path)[0], path.name[:2]
+        title, minutes = re.match(r"# \d\d · (.+)", first)[1], re.search(r"(\d+) minutes", first)[1]
+        lines.append(f"| {number} | [{title}](notebooks/{path.name}) | {HEART[number]} | {minutes} |")
+    return "\n".join(lines)
+
+
+def misconceptions() -> str:
+    """Every prediction, and what is behind each wrong answer to it."""
+    lines = []
+    for path in NOTEBOOKS:
+        module = importlib.import_module(f"minilora.check.nb{path.name[:2]}")
+        asked = {name: value for name, value in vars(module).items() if isinstance(value, Prediction | Estimate)}
+        lines.append(f"**{re.match('# (.+)', markdown(path)[0])[1]}**\n")
+        for name, value in asked.items():
+            if isinstance(value, Prediction):
+                wrong = [(f"{choice}", text) for choice, text in value.answers.items() if choice != value.right]
+                lines.append(f"- `{name}`: {value.right} is right. {value.answers[value.right]}")
+            else:
+                wrong = [(f"{brief(ratio)} times the measured value", text) for ratio, text in value.misconceptions]
+                lines.append(f"- `{name}`, a number:")
+            lines += [f"  - {choice}: {text}" for choice, text in wrong]
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+PAGES = {ROOT / "README.md": {"map": sequence, "ledger": ledger},
+         ROOT / "notebooks" / "TEACHING.md": {"misconceptions": misconceptions}}
+
+
+def filled(page: Path) -> str:
+    """The page with its generated parts made anew.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    text = page.read_text(encoding="utf-8")
+    for name, make in PAGES[page].items():
+        parts = re.split(f"(<!-- {name} -->\n|\n<!-- /{name} -->)", text)
+        if len(parts) != 5:
+            raise ValueError(f"{page.name} must hold <!-- {name} --> and <!-- /{name} --> once, on lines of their own")
+        text = "".join((*parts[:2], make(), *parts[3:]))
+    return text
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(filled(page), encoding="utf-8")
+        print(f"{page.relative_to(ROOT)} is up to date")
