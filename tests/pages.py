@@ -1,17 +1,22 @@
 """Writes what the notebooks already say into the pages that gather it: ``python tests/pages.py``.
 
-README.md gets the map of the notebooks and the ledger of claims; notebooks/TEACHING.md gets the misconception behind
-each wrong answer to a prediction. A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types
-there. A test holds the pages against the notebooks.
+README.md gets two of the figures, an answer of the memory calculator, the map of the notebooks and the ledger of claims;
+notebooks/TEACHING.md gets the misconception behind each wrong answer to a prediction. A generated part stands between
+``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types there. A test holds the pages against the notebooks.
 """
 
+import base64
+import contextlib
 import importlib
+import io
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
 
+from minilora.__main__ import main
 from minilora.check import Estimate, Prediction, brief
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +24,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ROW = re.compile(r"^\|(.+)\|(.+)\|(.+)\|[ \t]*$", re.MULTILINE)
 SOURCE = re.compile(r"\s*\(([^()]*\b(?:lesson|paper|concept|insight|troubleshooting|connection|section|theorem|table|figure"
                     r"|abstract|appendix|title)\b[^()]*)\)\s*$", re.IGNORECASE)
+FIGURES = (("02", 0), ("03", 0))  # (notebook, which of its figures)
+QUESTION = ("memory --model llama-3-8b --method qlora --rank 16 --targets all-linear --batch 1 --seq 2048 --checkpointing "
+            "--card rtx-4090")
 HEART = {"01": "a census of one training step, formula against measured bytes",
          "02": "recover a hidden low-rank update, rank by rank",
          "03": "one budget spent on different modules of a pretrained decoder",
@@ -111,7 +119,35 @@ def misconceptions() -> str:
     return "\n".join(lines).strip()
 
 
-PAGES = {ROOT / "README.md": {"map": sequence, "ledger": ledger},
+def figures() -> str:
+    """Two figures of the notebooks, side by side; their alternative text is the sentence under them."""
+    shown = "".join(f'<img src="notebooks/figures/{name}.png" width="48%" alt="{alt}">\n'
+                    for name, (_, alt) in pictures().items())
+    return f"<p>\n{shown}</p>"
+
+
+def pictures() -> dict[str, tuple[bytes, str]]:
+    """Name -> (PNG, alternative text) of the figures for README.md, as the notebooks hold them."""
+    found = {}
+    for number, which in FIGURES:
+        (path,) = (p for p in NOTEBOOKS if p.name.startswith(number))
+        outputs = [o for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" for o in cell.outputs
+                   if "image/png" in o.get("data", {})]
+        output = outputs[which]
+        alt = output.metadata.get("image/png", {}).get("alt") or output.metadata.get("alt", "")
+        found[f"{number}_{which}"] = base64.b64decode(output.data["image/png"]), alt
+    return found
+
+
+def answer() -> str:
+    """One question to the calculator, as it is typed, and what it answers."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        main(shlex.split(QUESTION))
+    return f"```\n$ python -m minilora {QUESTION}\n{out.getvalue().rstrip()}\n```"
+
+
+PAGES = {ROOT / "README.md": {"figures": figures, "answer": answer, "map": sequence, "ledger": ledger},
          ROOT / "notebooks" / "TEACHING.md": {"misconceptions": misconceptions}}
 
 
@@ -131,6 +167,9 @@ def filled(page: Path) -> str:
 
 
 if __name__ == "__main__":
+    for name, (png, _) in pictures().items():
+        (ROOT / "notebooks" / "figures").mkdir(exist_ok=True)
+        (ROOT / "notebooks" / "figures" / f"{name}.png").write_bytes(png)
     for page in PAGES:
         page.write_text(filled(page), encoding="utf-8")
         print(f"{page.relative_to(ROOT)} is up to date")
