@@ -1,8 +1,8 @@
 """Writes what the notebooks already say into the pages that gather it: ``python tests/pages.py``.
 
-README.md gets two of the figures, an answer of the memory calculator, the map of the notebooks and the ledger of claims;
-notebooks/TEACHING.md gets the misconception behind each wrong answer to a prediction. A generated part stands between
-``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types there. A test holds the pages against the notebooks.
+README.md gets two of the figures, an answer of the memory calculator, the map of the notebooks and the ledger of
+claims; notebooks/TEACHING.md gets the misconception behind each wrong answer to a prediction. A generated part stands
+between ``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types there. A test holds the pages against the notebooks.
 """
 
 import base64
@@ -22,11 +22,11 @@ from minilora.check import Estimate, Prediction, brief
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ROW = re.compile(r"^\|(.+)\|(.+)\|(.+)\|[ \t]*$", re.MULTILINE)
-SOURCE = re.compile(r"\s*\(([^()]*\b(?:lesson|paper|concept|insight|troubleshooting|connection|section|theorem|table|figure"
-                    r"|abstract|appendix|title)\b[^()]*)\)\s*$", re.IGNORECASE)
+SOURCE = re.compile(r"\s*\(([^()]*\b(?:lesson|paper|concept|insight|troubleshooting|connection|section|theorem|table"
+                    r"|figure|abstract|appendix|title)\b[^()]*)\)\s*$", re.IGNORECASE)
 FIGURES = (("02", 0), ("03", 0))  # (notebook, which of its figures)
-QUESTION = ("memory --model llama-3-8b --method qlora --rank 16 --targets all-linear --batch 1 --seq 2048 --checkpointing "
-            "--card rtx-4090")
+QUESTION = ("memory --model llama-3-8b --method qlora --rank 16 --targets all-linear --batch 1 --seq 2048 "
+            "--checkpointing --card rtx-4090")
 HEART = {"01": "a census of one training step, formula against measured bytes",
          "02": "recover a hidden low-rank update, rank by rank",
          "03": "one budget spent on different modules of a pretrained decoder",
@@ -70,7 +70,8 @@ def claims(path: Path) -> list[Claim]:
     found = []
     for text, shown, verdict in ROW.findall(table)[2:]:
         source = SOURCE.search(text)
-        who = re.sub(r"^(?=concept|key insight|troubleshooting|connection)", "the lesson, ", source[1]) if source else ""
+        short = r"^(?=concept|key insight|troubleshooting|connection)"
+        who = re.sub(short, "the lesson, ", source[1]) if source else ""
         found.append(Claim(path, SOURCE.sub("", text).strip(), who, shown.strip(), verdict.strip()))
     return found
 
@@ -131,10 +132,9 @@ def pictures() -> dict[str, tuple[bytes, str]]:
     found = {}
     for number, which in FIGURES:
         (path,) = (p for p in NOTEBOOKS if p.name.startswith(number))
-        outputs = [o for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" for o in cell.outputs
-                   if "image/png" in o.get("data", {})]
-        output = outputs[which]
-        alt = output.metadata.get("image/png", {}).get("alt") or output.metadata.get("alt", "")
+        cells = (cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+        output = [o for cell in cells for o in cell.outputs if "image/png" in o.get("data", {})][which]
+        alt = output.metadata["image/png"]["alt"]
         found[f"{number}_{which}"] = base64.b64decode(output.data["image/png"]), alt
     return found
 
