@@ -226,8 +226,10 @@ class MLP(nn.Module):
         self.joined = None  # see `joined`
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.joined(x).chunk(2, dim=-1) if self.joined else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(F.silu(gate) * up)  # (B, T, C) -> (B, T, F) -> (B, T, C)
+        if self.joined:
+            gate, up = self.joined(x).chunk(2, dim=-1)  # (B, T, F) each
+            return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C) -> (B, T, F) -> (B, T, C)
 
 
 class Block(nn.Module):
