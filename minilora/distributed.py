@@ -189,6 +189,11 @@ def gathered(number: Tensor) -> Tensor:
     return torch.stack(numbers)
 
 
+def wait_for_all() -> None:
+    if many():
+        dist.barrier()
+
+
 class Stopped(Exception):
     """SIGTERM: torchrun ends the processes of a run that has lost one."""
 
@@ -247,7 +252,7 @@ OPERATORS: dict[str, tuple[str, int]] = {
     "allreduce_": ("all-reduce", 0), "all_reduce": ("all-reduce", 0), "all_reduce_": ("all-reduce", 0),
     "allreduce_coalesced_": ("all-reduce", 0),
     "allgather_": ("all-gather", 0), "_allgather_base_": ("all-gather", 0),
-    "allgather_into_tensor_coalesced_": ("all-gather", 0), "all_gather_into_tensor_out": ("all-gather", 3),
+    "allgather_into_tensor_coalesced_": ("all-gather", 0),
     "_reduce_scatter_base_": ("reduce-scatter", 1), "reduce_scatter_": ("reduce-scatter", 1),
     "reduce_scatter_tensor_coalesced_": ("reduce-scatter", 1), "reduce_scatter_tensor": ("reduce-scatter", 0),
     "broadcast_": ("broadcast", 0), "broadcast": ("broadcast", 0),
@@ -258,8 +263,9 @@ SILENT = ("barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd
 class Wire(TorchDispatchMode):
     """Counts the bytes that this process sends to others, by kind of exchange. Slows small steps: every operator passes.
 
-    An exchange of S bytes among n processes costs each (n - 1) / n S, twice that for an all-reduce: what a ring sends
-    (Patarasuk & Yuan 2009), and the least that any algorithm can. The group is the default one, of all processes.
+    An exchange of S bytes among n processes costs each (n - 1) / n S, twice that for an all-reduce: what a ring sends,
+    and the least that any algorithm can (Patarasuk & Yuan 2009). gloo's reduce-scatter is not a ring: it sends twice as
+    much as is counted (tests/bench/wire.py). The group is the default one, of all processes.
 
     >>> with Wire() as wire:
     ...     train(model, batches, ..., parallel="ddp", on_step=lambda *_: steps.append(wire.take()))
@@ -274,7 +280,7 @@ class Wire(TorchDispatchMode):
             return NotImplemented  # a DTensor first turns itself into exchanges of plain ones
         name = operator.overloadpacket.__name__
         if operator.namespace in ("c10d", "_c10d_functional") and name not in SILENT:
-            if name == "all_gather_into_tensor":  # it makes its result: the input, once from each process
+            if name.startswith("all_gather_into_tensor"):  # it makes its result: the input, once from each process
                 kind, size = "all-gather", nbytes(args[0]) * args[1]
             else:
                 kind, place = OPERATORS.get(name, (name, 0))

@@ -192,20 +192,20 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
 def save_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Optimizer, run: dict, log: Log) -> None:
     """Write parameters, optimizer state, random state and log to one safetensors file; never a half-written one.
 
-    Of several processes all call this, and the first one writes.
+    Of several processes all call this and the first one writes; the others return when it has.
     """
     tensors = {f"param.{i}": p for i, p in enumerate(trained)}
     for i, state in opt.state_dict()["state"].items():
         tensors |= {f"state.{i}.{key}": value for key, value in state.items() if value is not None}
     tensors = distributed.collect(tensors)
-    if not distributed.first():
-        return
-    tensors["rng"] = torch.get_rng_state()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".tmp")
-    save_file(tensors, fresh, {"run": json.dumps(run), "log": json.dumps(asdict(log))})
-    os.replace(fresh, path)
+    if distributed.first():
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(path.name + ".tmp")
+        tensors["rng"] = torch.get_rng_state()
+        save_file(tensors, fresh, {"run": json.dumps(run), "log": json.dumps(asdict(log))})
+        os.replace(fresh, path)
+    distributed.wait_for_all()
 
 
 def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Optimizer, run: dict) -> Log:
