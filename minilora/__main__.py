@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "claims": ("memory.claims", "what papers say of memory, reproduced or not, with the arithmetic"),
     "models": ("memory.models", "the models whose shapes are known"),
     "cards": ("memory.cards", "the cards, and how much of each a run may use"),
+    "wire": ("experiments", "what a training step sends to other processes, counted: to be run under torchrun"),
     "trace": ("memory.step", "what one training step of a Hugging Face architecture would allocate on a GPU, traced"),
 }
 

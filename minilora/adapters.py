@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .config import LoRAConfig, entry_matches, scaling
+from .distributed import first, whole
 from .insert import inject, lora_layers, plain_name, planned
 from .layers import LoRALayer
 
@@ -51,7 +52,8 @@ class AdapterFile:
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the model's adapters to `folder` in PEFT's format, all at once or not at all.
 
-    A PiSSA adapter is written as the plain one of twice the rank that does the same to the untouched base.
+    A PiSSA adapter is written as the plain one of twice the rank that does the same to the untouched base. Where several
+    processes train one model, all call this and the first one writes: the same file as one process would.
 
     Raises:
         ValueError: the model has no adapters, or one that holds NaN or infinite values.
@@ -61,13 +63,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     for name, layer in layers.items():
         A, B, _ = plain_factors(layer)
         parts = {"lora_A": A, "lora_B": B, "lora_magnitude": layer.lora_magnitude if layer.use_dora else None}
-        tensors |= {key: parts[own].detach().cpu().contiguous()
+        tensors |= {key: whole(parts[own].detach()).cpu().contiguous()
                     for own, key in keys_of(name, layer.kind, layer.use_dora).items()}
     for key, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinite values: the training diverged, nothing was saved")
     fan_in_fan_out = all(layer.kind == "conv1d" for layer in layers.values())
-    write_adapter(folder, tensors, peft_config(config_of(model), fan_in_fan_out), fingerprint(model))
+    base = fingerprint(model)
+    if first():
+        write_adapter(folder, tensors, peft_config(config_of(model), fan_in_fan_out), base)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, any_base: bool = False) -> nn.Module:
@@ -212,7 +216,7 @@ def fingerprint(model: nn.Module) -> str:
             for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in adapters}
     for name, p in sorted(base.items()):
         shapes.update(f"{name} {tuple(p.shape)}\n".encode())
-        entries = p.flatten()[:: max(1, p.numel() // 1024)].to(torch.bfloat16).contiguous()
+        entries = whole(p).flatten()[:: max(1, p.numel() // 1024)].to(torch.bfloat16).contiguous()
         weights.update(name.encode() + entries.cpu().view(torch.uint8).numpy().tobytes())
     return f"{shapes.hexdigest()[:12]}-{weights.hexdigest()[:12]}"
 
@@ -236,8 +240,8 @@ def plain_factors(layer: LoRALayer) -> tuple[Tensor, Tensor, float]:
     """
     if layer.init != "pissa":
         return layer.lora_A, layer.lora_B, layer.alpha
-    A = torch.cat((layer.lora_A, layer.start_A))  # (2r, in)
-    B = torch.cat((layer.lora_B, -layer.start_B), dim=1)  # (out, 2r)
+    A = torch.cat((whole(layer.lora_A), layer.start_A))  # (2r, in)
+    B = torch.cat((whole(layer.lora_B), -layer.start_B), dim=1)  # (out, 2r)
     return A, B, layer.scaling / scaling(2 * layer.rank, 1, layer.use_rslora)
 
 

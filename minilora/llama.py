@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import distributed
 from .config import is_number, need
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -429,8 +430,11 @@ class Llama(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path, metadata: dict[str, str] | None = None) -> None:
-        """Write ``config.json`` and ``model.safetensors`` (a tied head is not written twice)."""
-        weights = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
+        """Write ``config.json`` and ``model.safetensors`` (a tied head is not written twice).
+
+        Of several processes that train one model all call this, and the first one writes.
+        """
+        weights = self.state_dict()
         with torch.device("meta"):
             plain = type(self)(self.config).state_dict()
         if extra := sorted(weights.keys() - plain.keys()):
@@ -438,6 +442,9 @@ class Llama(nn.Module):
                              "save_adapter, or merge(model, permanent=True) or remove(model) first")
         if self.config.tie_word_embeddings:
             del weights["lm_head.weight"]
+        weights = distributed.collect(weights)
+        if not distributed.first():
+            return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / "model.safetensors.tmp", {"format": "pt", **(metadata or {})})

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import distributed
 from .config import is_number, need
 from .desk import DATA, IGNORE, check_name, evaluate, load_task, stream, tokenizer
 from .llama import Llama, LlamaConfig
@@ -58,17 +59,26 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def reply_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over the targets that are not -100. ids, targets (B, T) -> scalar."""
-    return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+def reply_loss(model: nn.Module, ids: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy over the targets that are not -100. ids, targets (B, T) -> scalar.
+
+    With `counted`, the sum divided by that: for rows that are a part of a batch, their part of its mean.
+    """
+    counted = (targets != IGNORE).sum() if counted is None else counted
+    return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum") / counted
 
 
 def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, steps: int, lr: float,
           warmup: int = 10, schedule: str = "cosine", weight_decay: float = 0.0, clip: float | None = 1.0, seed: int = 0,
           parameters: Iterable | None = None, optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
           on_step: Callable[[int, nn.Module, Log], None] | None = None, checkpoint: str | Path | None = None,
-          every: int = 200, stop_at: int | None = None, progress: bool = True) -> Log:
+          every: int = 200, stop_at: int | None = None, progress: bool = True, accumulation: int = 1,
+          parallel: str | None = None) -> Log:
     """Train `model` in place on the parameters that have requires_grad.
+
+    Under torchrun, every process calls this with the same arguments. Each takes its rows of every batch; the numbers
+    are those of one process, but for the order in which they are summed. Process 0 writes the checkpoint, from which
+    any number of processes goes on.
 
     Args:
         batches: step -> (ids, targets), each (B, T); targets are -100 where the loss does not count.
@@ -84,17 +94,25 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
         checkpoint: a safetensors file, written every `every` steps and at the end. If it is there already the run goes
             on from it, with the numbers that an uninterrupted run would have given.
         stop_at: end after this many steps of the planned `steps`, as if interrupted.
+        accumulation: in how many parts, one after the other, each process takes its rows of a batch; less memory for
+            activations, and no more exchange of gradients than without.
+        parallel: how several processes share the model, "ddp" or "fsdp": see `distributed.share_out`. Under "fsdp" it
+            stays shared out, and what reads it afterwards (`save_adapter`, `evaluate`) is to be called in every process.
+            Dropout differs from one process to the other. Without torchrun it makes no difference.
 
     Returns:
         Log: loss, learning rate and gradient norm of every step.
 
     Raises:
         ValueError: nothing to train, a setting out of range, a loss or gradient that is not finite (the weights are
-            then those of the step before), or a checkpoint that is damaged or of another run.
+            then those of the step before), a checkpoint that is damaged or of another run, or a batch of fewer rows
+            than parts.
+        SystemExit: another process of the run is gone: see `distributed.ending_as_one`.
     """
     check_name("schedule", schedule, SCHEDULES)
     last = steps if stop_at is None else stop_at
-    for name, value, least in (("steps", steps, 1), ("stop_at", last, 1), ("warmup", warmup, 0), ("every", every, 1)):
+    for name, value, least in (("steps", steps, 1), ("stop_at", last, 1), ("warmup", warmup, 0), ("every", every, 1),
+                               ("accumulation", accumulation, 1)):
         need(type(value) is int and value >= least, f"{name} must be an integer from {least} on", value)
     need(is_number(lr) and lr > 0, "lr must be a positive number", lr)
     need(clip is None or (is_number(clip) and clip > 0), "clip must be a positive number or None", clip)
@@ -108,55 +126,86 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
     trained = [p for group in opt.param_groups for p in group["params"]]
     if not trained or not all(p.requires_grad for p in trained):
         raise ValueError("nothing to train: `parameters` must hold tensors, each with requires_grad")
-    log, done = Log(trained=sum(p.numel() for p in trained)), 0
-    seed_everything(seed)
+    rank, processes = distributed.join(parallel)
+    net, saved = model, 0
     run = {"steps": steps, "lr": peaks, "warmup": warmup, "schedule": schedule, "weight_decay": weight_decay,
            "clip": clip, "seed": seed, "optimizer": optimizer.__name__}
-    if checkpoint is not None and Path(checkpoint).exists():
-        log = load_checkpoint(checkpoint, trained, opt, run)
-        done = len(log.loss)
-    end = min(steps, last)
-    model.train()
-    opt.zero_grad()  # what a backward pass before this run may have left
-    bar = tqdm(range(done, end), initial=done, total=steps, disable=not progress, leave=False)
-    for step in bar:
-        start = time.perf_counter()
-        factor = learning_rate_factor(step, steps, warmup, schedule)
-        for group, peak in zip(opt.param_groups, peaks):
-            group["lr"] = peak * factor
-        loss = reply_loss(model, *batches(step))
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip)
-        if not (loss.isfinite() and norm.isfinite()):
+
+    def advice() -> str:
+        return (f"The checkpoint {checkpoint} stands, at step {saved}: the same command goes on from there." if saved
+                else "There is no checkpoint yet: the same command starts afresh.")
+
+    with distributed.ending_as_one(advice):
+        if processes > 1:
+            net, trained = distributed.share_out(model, parallel, trained)
+            left = iter(trained)
+            opt = optimizer([{**group, "params": [next(left) for _ in group["params"]]} for group in opt.param_groups],
+                            lr=lr, weight_decay=weight_decay)
+        device, log = trained[0].device, Log(trained=sum(p.numel() for p in trained))
+        seed_everything(seed)
+        if checkpoint is not None and Path(checkpoint).exists():
+            log = load_checkpoint(checkpoint, trained, opt, run)
+            saved = len(log.loss)
+        starts = distributed.gathered(torch.tensor(saved, device=device)).tolist()
+        need(len(set(starts)) == 1, "all processes must see the same checkpoint, to go on from one step", starts)
+        end = min(steps, last)
+        model.train()
+        opt.zero_grad()  # what a backward pass before this run may have left
+        bar = tqdm(range(saved, end), initial=saved, total=steps, disable=not progress or rank > 0, leave=False)
+        for step in bar:
+            start = time.perf_counter()
+            factor = learning_rate_factor(step, steps, warmup, schedule)
+            for group, peak in zip(opt.param_groups, peaks):
+                group["lr"] = peak * factor
+            if processes > 1:
+                distributed.seed_step(seed, step)
+            batch = tuple(t.to(device) for t in batches(step))
+            counted, loss = (batch[1] != IGNORE).sum(), 0
+            for i in range(accumulation):
+                with distributed.syncing(net, i + 1 == accumulation):
+                    rows = distributed.piece(batch, rank * accumulation + i, processes * accumulation)
+                    part = reply_loss(net, *rows, counted)
+                    (part * processes).backward()  # gradients are averaged over the processes
+                    loss = loss + part.detach()
+            loss = distributed.gathered(loss).sum()
+            norm = distributed.whole(nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip))
+            if not (loss.isfinite() and norm.isfinite()):
+                opt.zero_grad()
+                raise ValueError(f"at step {step} the loss is {loss.item()} and the gradient's norm {norm.item()}: the "
+                                 f"learning rate {lr} is too high, or the batch has no target")
+            log.loss.append(loss.item())
+            log.lr.append(opt.param_groups[0]["lr"])
+            log.grad_norm.append(norm.item())
+            if on_step is not None:
+                on_step(step, model, log)
+            opt.step()
             opt.zero_grad()
-            raise ValueError(f"at step {step} the loss is {loss.item()} and the gradient's norm {norm.item()}: the "
-                             f"learning rate {lr} is too high, or the batch has no target")
-        log.loss.append(loss.item())
-        log.lr.append(opt.param_groups[0]["lr"])
-        log.grad_norm.append(norm.item())
-        if on_step is not None:
-            on_step(step, model, log)
-        opt.step()
-        opt.zero_grad()
-        log.seconds += time.perf_counter() - start
-        if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == end):
-            save_checkpoint(checkpoint, trained, opt, run, log)
-        if step % 10 == 0:
-            bar.set_postfix(loss=f"{log.loss[-1]:.3f}")
+            log.seconds += time.perf_counter() - start
+            if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == end):
+                save_checkpoint(checkpoint, trained, opt, run, log)
+                saved = step + 1
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{log.loss[-1]:.3f}")
     return log
 
 
 def save_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Optimizer, run: dict, log: Log) -> None:
-    """Write parameters, optimizer state, random state and log to one safetensors file; never a half-written one."""
-    tensors = {f"param.{i}": p.detach().contiguous() for i, p in enumerate(trained)}
+    """Write parameters, optimizer state, random state and log to one safetensors file; never a half-written one.
+
+    Of several processes all call this and the first one writes; the others return when it has.
+    """
+    tensors = {f"param.{i}": p for i, p in enumerate(trained)}
     for i, state in opt.state_dict()["state"].items():
-        tensors |= {f"state.{i}.{key}": value.contiguous() for key, value in state.items() if value is not None}
-    tensors["rng"] = torch.get_rng_state()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".tmp")
-    save_file(tensors, fresh, {"run": json.dumps(run), "log": json.dumps(asdict(log))})
-    os.replace(fresh, path)
+        tensors |= {f"state.{i}.{key}": value for key, value in state.items() if value is not None}
+    tensors = distributed.collect(tensors)
+    if distributed.first():
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(path.name + ".tmp")
+        tensors["rng"] = torch.get_rng_state()
+        save_file(tensors, fresh, {"run": json.dumps(run), "log": json.dumps(asdict(log))})
+        os.replace(fresh, path)
+    distributed.wait_for_all()
 
 
 def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Optimizer, run: dict) -> Log:
@@ -189,10 +238,11 @@ def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
     here = {i: p.shape for i, p in enumerate(trained)}
     if {i: p.shape for i, p in params.items()} != here or not state.keys() <= here.keys():
         raise ValueError(f"{path} is of a run that trains other parameters; delete it to start afresh")
+    state = {i: {key: distributed.like(value, trained[i]) for key, value in own.items()} for i, own in state.items()}
     opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
     with torch.no_grad():
         for i, p in enumerate(trained):
-            p.copy_(params[i])
+            p.copy_(distributed.like(params[i], p))
     torch.set_rng_state(rng.get_state())
     return log
 
@@ -212,7 +262,8 @@ A Llama-style decoder of {parameters:,} parameters for the made-up support conve
 """
 
 
-def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: float, seed: int = 0) -> None:
+def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: float, seed: int = 0,
+             parallel: str | None = None) -> None:
     """Pretrain the base: write ``base`` and, as it stands after `early` steps, ``base_early`` to `folder`.
 
     `steps` at a peak learning rate of `lr`, then `more` at a third of it, in which every other conversation is one
@@ -231,19 +282,22 @@ def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: fl
 
     def ship(name: str, log: Log) -> None:
         model.save_pretrained(folder / name)
+        score = evaluate(model, examples)
+        if not distributed.first():
+            return
         tokenizer().save(folder / name / "tokenizer.json")
         log.save(folder / name / "log.json", every=10)
         is_early = name == "base_early"
         (folder / name / "README.md").write_text(CARD.format(
             kind=", stopped early" * is_early, stopped=f", stopped after {early}" * is_early, command=command, **run,
             parameters=log.trained, hours=log.seconds / 3600, threads=torch.get_num_threads(), torch=torch.__version__,
-            score=evaluate(model, examples)))
+            score=score))
 
     def on_step(step: int, model: nn.Module, log: Log) -> None:
         if step == early:  # gradients are there, the weights are those of `early` steps
             ship("base_early", log)
 
-    common = {"warmup": 100, "weight_decay": 0.1, "seed": seed}
+    common = {"warmup": 100, "weight_decay": 0.1, "seed": seed, "parallel": parallel}
     log = train(model, stream("general", batch=batch, seed=seed), steps=steps, lr=lr, **common,
                 on_step=on_step, checkpoint=folder / "pretraining_1.safetensors")
     second = train(model, stream("general", "facts", batch=batch, seed=seed), steps=more, lr=lr / 3, **common,
@@ -262,10 +316,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parallel", choices=distributed.WAYS, help="under torchrun: how its processes share the model")
     try:
         pretrain(**vars(parser.parse_args(arguments)))
     except (ValueError, OSError) as error:
-        print(f"minilora.train: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun one speaks
+            print(f"minilora.train: {error}", file=sys.stderr)
         return 2
     return 0
 

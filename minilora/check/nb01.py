@@ -33,6 +33,16 @@ gpt3_gigabytes = Estimate([
     (0.75, "Adam keeps two moments, and this leaves room for one."),
 ], within=1.2)
 
+wire = Prediction("c", {
+    "a": "That is how far the gradients fall, and with DDP nothing else travels. Here the weights travel too, frozen ones "
+         "like the others: a block needs all of them to compute.",
+    "b": "That would be so if a frozen block were gathered once. It computes twice, forward and backward, and backward "
+         "needs its weights as much: the gradient passes through them.",
+    "c": "Of three trips LoRA saves one: the gradients hardly travel. Every block is still gathered in forward and again "
+         "in backward.",
+    "d": "The adapters do add to what is gathered, but far less than the gradients of the frozen weights took.",
+})
+
 
 def draw_counts(seed: int) -> tuple[int, int]:
     rng = random.Random(seed)

@@ -133,10 +133,10 @@ class Training(Run):
 
     @property
     def shares(self) -> dict[str, int]:
-        """Part -> of how many cards each keeps a share."""
+        """Part -> of how many cards each keeps a share. Gradients that accumulate are whole until they are exchanged."""
         if self.streamed:
             return {"frozen weights": 0}
-        sharded = (("optimizer", "optimizer temporaries"), ("gradients",),
+        sharded = (("optimizer", "optimizer temporaries"), ("gradients",) if self.accumulation == 1 else (),
                    ("frozen weights", "trainable weights", "adapters"))[:self.zero]
         return {part: self.cards for stage in sharded for part in stage}
 
@@ -158,7 +158,11 @@ class Training(Run):
         return spec.vocab * spec.embedding * WIDTH[self.outer_dtype]
 
     def moved(self, spec: ModelSpec) -> dict[str, int]:
-        """Bytes that go over the wire to other cards (each sends as many), or over the bus from the host, in a step."""
+        """Bytes that go over the wire to other cards (each sends as many), or over the bus from the host, in a step.
+
+        By a ring (Patarasuk & Yuan 2009). As `train` under torchrun, counted: what is no layer stays from forward to
+        backward, and gradients travel once, after the last forward and backward that add to them.
+        """
         layer, outer = self.weight_bytes(spec)
         weights = spec.layers * layer + outer
         trained = (weights if self.method == "full" else 4 * spec.lora_parameters(self.rank, self.target_modules))
@@ -174,8 +178,8 @@ class Training(Run):
             return {"gradients, summed": others(trained), "gradients or weights, handed round": others(trained)}
         every = weights + (trained if self.method != "full" else 0)
         return {"weights, gathered in forward": others(every) * self.accumulation,
-                "weights, gathered in backward": others(every) * self.accumulation,
-                "gradients, summed": others(trained) * self.accumulation}
+                "layers, gathered in backward": others(every - outer) * self.accumulation,
+                "gradients, summed": others(trained)}
 
 
 @dataclass(frozen=True)
