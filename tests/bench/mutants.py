@@ -122,8 +122,8 @@ MUTANTS = [
     Mutant("one layer too few", "llama.py", "for i, block in enumerate(self.layers):",
            "for i, block in enumerate(self.layers[:-1]):"),
     Mutant("the loss counts the prompt too", "desk.py", "[IGNORE] * (len(head) - 1) + tail", "head[1:] + tail"),
-    Mutant("gradients pile up over the steps", "train.py", "        opt.step()\n        opt.zero_grad()\n",
-           "        opt.step()\n"),
+    Mutant("gradients pile up over the steps", "train.py", "            opt.step()\n            opt.zero_grad()\n",
+           "            opt.step()\n"),
     Mutant("the learning rate never rises to its peak", "train.py", "group[\"lr\"] = peak * factor",
            "group[\"lr\"] = peak * factor * 0.1"),
 ]
