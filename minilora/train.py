@@ -60,6 +60,8 @@ def seed_everything(seed: int) -> None:
 
 def reply_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over the targets that are not -100. ids, targets (B, T) -> scalar."""
+    if hasattr(model, "chunked_loss"):  # a streamed decoder's, which never has all logits at once
+        return model.chunked_loss(ids, targets)
     return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
 
