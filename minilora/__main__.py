@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "claims": ("memory.claims", "what papers say of memory, reproduced or not, with the arithmetic"),
     "models": ("memory.models", "the models whose shapes are known"),
     "cards": ("memory.cards", "the cards, and how much of each a run may use"),
+    "stream": ("memory.streamed", "train on a base that stays on disk or in host memory, beside the plan"),
     "trace": ("memory.step", "what one training step of a Hugging Face architecture would allocate on a GPU, traced"),
 }
 

@@ -355,6 +355,9 @@ class Visits:
     def fetch(self, i: int) -> None:
         """Have shard i on the device, and start to bring the one that will be asked for next."""
         slot = i % 2
+        if trained := [w for w in self.shards[i] if w.rest.requires_grad or w.place.requires_grad]:
+            raise ValueError(f"{trained[0].name} of a {type(trained[0].module).__name__} has requires_grad: a streamed "
+                             "base is read-only, and only adapters on it train")
         if self.holds[slot] != i:
             self.start(i)
         if self.coming[slot]:
@@ -400,9 +403,6 @@ class Visits:
         there, copying = future.result()
         if there is not None:
             torch.cuda.current_stream(self.device).wait_event(there)
-        if trained := [w for w in weights if w.rest.requires_grad]:
-            raise ValueError(f"{trained[0].name} of a {type(trained[0].module).__name__} has requires_grad: a streamed "
-                             "base is read-only, and only adapters on it train")
         for w in weights:
             getattr(w.module, w.table)[w.name] = w.place
         self.holds[slot] = here
