@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -211,7 +211,7 @@ def build_store(source: str | Path | LlamaConfig, folder: str | Path, quantise: 
     if not (folder / RECIPE).exists():
         write(folder / RECIPE, lambda path: path.write_text(json.dumps(recipe, indent=2) + "\n"))
     elif (there := read_json(folder / RECIPE)) != recipe:
-        other = ", ".join(f"{k} {there.get(k)!r} there, {recipe[k]!r} here" for k in recipe if there.get(k) != recipe[k])
+        other = ", ".join(f"{k} {there.get(k)!r} there, {v!r} here" for k, v in recipe.items() if there.get(k) != v)
         raise ValueError(f"{folder} holds another store ({other}): choose another folder, or delete it")
     wanted, plain = shards_of(skeleton(source.config, quantise, dtype)), shards_of(source.plain)
     todo = [name for name, expected in wanted.items() if not whole(folder / f"{name}.safetensors", recipe, expected)]
@@ -412,6 +412,15 @@ class Visits:
         self.traffic.waiting += perf_counter() - start
 
 
+def weights_of(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str, str]]]:
+    """The name of every tensor of the state_dict, and where it stands: the module, its table, its name there."""
+    for prefix, module in model.named_modules():
+        for table in ("_parameters", "_buffers"):
+            for name, t in list(getattr(module, table).items()):
+                if t is not None and name not in module._non_persistent_buffers_set:
+                    yield f"{prefix}.{name}", (module, table, name)
+
+
 def frozen(t: Tensor) -> nn.Parameter:
     return nn.Parameter(t, requires_grad=False)
 
@@ -440,26 +449,19 @@ class StreamedLlama(Llama):
         nn.Module.__init__(self)
         bare, self.config, self.offload = skeleton(store.config, store.quantise, store.dtype), store.config, offload
         self.model, self.lm_head = bare.model, bare.lm_head
-        dtype, device = dtype or store.dtype, torch.device(device)
-        decoder, tensors = self.model, store.tensors
-        shards = [[] for _ in range(store.config.num_hidden_layers + 1)]
-        for prefix, module in self.named_modules():
-            for table in ("_parameters", "_buffers"):
-                for name in [name for name, t in getattr(module, table).items() if t is not None]:
-                    full = f"{prefix}.{name}"
-                    if module is decoder:  # the rotary tables, which no file holds
-                        continue
-                    tied = module is self.lm_head and store.config.tie_word_embeddings
-                    rest = tensors["model.embed_tokens.weight" if tied else full]
-                    if module is decoder.norm:
-                        rest = rest.to(device, dtype)
-                    elif module is not decoder.embed_tokens:
-                        shards[-1 if module is self.lm_head else int(prefix.split(".")[2])].append((module, table, name))
-                        module.visits_on = device  # where an adapter on it must be
-                    getattr(module, table)[name] = frozen(rest) if table == "_parameters" else rest
+        dtype, device, decoder = dtype or store.dtype, torch.device(device), self.model
+        shards = [[] for _ in range(store.config.num_hidden_layers + 1)]  # the layers, then the head
+        for name, (module, table, own) in weights_of(self):
+            tied = module is self.lm_head and store.config.tie_word_embeddings
+            rest = store.tensors["model.embed_tokens.weight" if tied else name]
+            if module is decoder.norm:  # stays on the device
+                rest = rest.to(device, dtype)
+            elif module is not decoder.embed_tokens:
+                shards[-1 if module is self.lm_head else int(name.split(".")[2])].append((module, table, own))
+            getattr(module, table)[own] = frozen(rest) if table == "_parameters" else rest
+            module.visits_on = device  # where an adapter on it must be
             if isinstance(module, Linear4bit):
                 module.dtype = dtype
-        decoder.embed_tokens.visits_on = device
         decoder.cos, decoder.sin = (t.to(device, dtype) for t in rotary_tables(store.config))
         decoder.checkpointing = True
         self.visits = Visits(shards, device, dtype, prefetch)

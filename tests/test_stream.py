@@ -32,7 +32,8 @@ from minilora.stream import Source, Store, StreamedLlama, build_store
 from minilora.train import reply_loss, train
 from small import IDS, SIZES, logits, shake
 
-CONFIG = LlamaConfig(num_key_value_heads=2, attention_bias=True, attention_out_bias=True, **SIZES | {"num_hidden_layers": 5})
+SHAPE = SIZES | {"num_hidden_layers": 5, "num_key_value_heads": 2}
+CONFIG = LlamaConfig(**SHAPE, attention_bias=True, attention_out_bias=True)
 QV = ("q_proj", "v_proj")
 
 

@@ -5,11 +5,13 @@ Device memory is CUDA's, or without CUDA the process's anonymous memory: what it
 page cache, which holds what was read of the store, is not in it: it is the system's, and gives way.
 """
 
+import ctypes
 import json
+import os
 import re
 import resource
+import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -32,6 +34,7 @@ from .fit import judge
 from .models import ModelSpec, near
 from .play import OURS
 
+M_MMAP_THRESHOLD = -3  # of mallopt
 UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -66,10 +69,23 @@ def bytes_of(what: str) -> int:
     return int(re.search(rf"^{what}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1]) * 1024
 
 
+# run beside a process, until its input ends: prints a line when it has begun, then the most anonymous memory, kB
+WATCH = """
+import select, sys
+status, most = open(f"/proc/{sys.argv[1]}/status", "rb", buffering=0), 0
+print("begun", flush=True)
+while not select.select([sys.stdin], [], [], 0.001)[0]:
+    status.seek(0)
+    most = max(most, int(status.read().split(b"RssAnon:")[1].split()[0]))
+print(most)
+"""
+
+
 class Peak:
     """The most device memory that was held inside a `with`, over what was held before; ``.bytes`` after it.
 
-    CUDA counts by itself. The kernel keeps no peak of anonymous memory, so that is looked at every millisecond.
+    CUDA counts by itself. The kernel keeps no peak of anonymous memory, so a process beside this one (a thread would
+    hold up every operator) looks at it every millisecond.
     """
 
     def __init__(self, device: torch.device):
@@ -80,23 +96,19 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
             return self
-        self.before = self.most = bytes_of("RssAnon")
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self.look, daemon=True)
-        self.thread.start()
+        # freed blocks of 128 KiB and more go back to the system, so that what is free is not counted (glibc)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)
+        self.watch = subprocess.Popen([sys.executable, "-S", "-c", WATCH, str(os.getpid())], stdin=subprocess.PIPE,
+                                      stdout=subprocess.PIPE, text=True)
+        self.watch.stdout.readline()
+        self.before = bytes_of("RssAnon")
         return self
-
-    def look(self) -> None:
-        while not self.over.wait(0.001):
-            self.most = max(self.most, bytes_of("RssAnon"))
 
     def __exit__(self, *error):
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
         else:
-            self.over.set()
-            self.thread.join()
-            self.bytes = self.most - self.before
+            self.bytes = int(self.watch.communicate()[0]) * 1024 - self.before
 
 
 @contextmanager
@@ -237,11 +249,11 @@ def compared(bill: Bill, found: dict | None) -> dict:
 def told_of(bill: Bill, found: dict, card: Card | None) -> str:
     """The end of a run as a table; with a card the shares of its limits."""
     c = compared(bill, found)
-    step, flops = c["seconds"]["step"], c["flops"]
+    step, flops, moved = c["seconds"]["step"], c["flops"], c["moved"]["measured"]
     rows = [(what, bytes_text(c[key]["plan"]), bytes_text(c[key]["measured"]),
              f"{c[key]['measured'] / c[key]['plan']:.3f}")
             for what, key in (("device memory, at the peak", "peak"), ("moved a step, weights", "moved"))]
-    speed = [("moved", f"{c['moved']['measured'] / step / 1e9:.2f} GB/s", card and c["moved"]["measured"] / step / card.bus),
+    speed = [("moved", f"{moved / step / 1e9:.2f} GB/s", card and moved / step / card.bus),
              ("computed", f"{flops / step / 1e12:.3f} TFLOP/s", card and flops / step / card.flops)]
     return "\n\n".join((
         "The run, loss " + ", ".join(f"{loss:.4f}" for loss in c["loss"]),

@@ -1,4 +1,4 @@
-"""The plan of a streamed step of 175 billion weights, and the same step traced whole on fake tensors, every layer of it.
+"""The plan of a streamed step of 175 billion weights, and the same step traced whole on fake tensors, layer by layer.
 
     OMP_NUM_THREADS=1 python tests/bench/stream_175b.py [--layers 96] [--verbose]
 
