@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "models": ("memory.models", "the models whose shapes are known"),
     "cards": ("memory.cards", "the cards, and how much of each a run may use"),
     "wire": ("experiments", "what a training step sends to other processes, counted: to be run under torchrun"),
+    "stream": ("memory.streamed", "train on a base that stays on disk or in host memory, beside the plan"),
     "trace": ("memory.step", "what one training step of a Hugging Face architecture would allocate on a GPU, traced"),
 }
 

@@ -267,12 +267,12 @@ def near(wanted: str, names: Iterable[str]) -> str:
 
 
 def tied(model: nn.Module) -> dict[str, set[str]]:
-    """Module -> the other modules that have a parameter in the same storage."""
+    """Module -> the other modules that have a parameter in the same place of the same storage."""
     users, others = defaultdict(set), defaultdict(set)
     for name, module in model.named_modules():
         kept = module.unmerged[:1] if isinstance(module, LoRALayer) else ()
         for p in (*module.parameters(recurse=False), *kept):
-            users[p.untyped_storage()._cdata].add(plain_name(name))
+            users[p.untyped_storage()._cdata, p.storage_offset()].add(plain_name(name))
     for group in users.values():
         for name in group:
             others[name] |= group - {name}

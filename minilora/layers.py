@@ -56,10 +56,13 @@ def shape_of(base: nn.Module) -> tuple[int, int]:
 
 
 def adapter_options(base: nn.Module) -> dict:
-    """Device and dtype of an adapter on this layer: the base's, but at least fp32, where small steps are not lost."""
+    """Device and dtype of an adapter on this layer: the base's, but at least fp32, where small steps are not lost.
+
+    A streamed layer (stream.py) rests on one device and computes on another, which it calls `visits_on`.
+    """
     tensors = [*base.parameters(), *base.buffers()]
     floats = [t.dtype for t in tensors if t.is_floating_point()] or [torch.float32]
-    return {"device": tensors[0].device, "dtype": torch.promote_types(floats[0], torch.float32)}
+    return {"device": getattr(base, "visits_on", tensors[0].device), "dtype": torch.promote_types(floats[0], torch.float32)}
 
 
 def widest(t: Tensor) -> torch.dtype:
@@ -209,7 +212,7 @@ class LoRALayer(Wrapper):
         with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
             A, B, s = self.lora_A, self.lora_B, self.scaling
             W = dense_weight(self.base_layer)  # (out, in)
-            cross = (W.to(A.dtype) @ A.T * B).sum(1)  # (out,)
+            cross = (W.to(A) @ A.T * B).sum(1)  # (out,)
             square = ((B @ (A @ A.T)) * B).sum(1)  # (out,)
             return (self.weight_square(W) + 2 * s * cross + s * s * square).clamp_min(0).sqrt()
 
@@ -217,10 +220,10 @@ class LoRALayer(Wrapper):
         """||W||^2 of each output row, (out,), computed once for as long as W is not changed (in place through ``.data``
         is the one change that goes unseen)."""
         if quantised(self.base_layer) or torch.compiler.is_compiling():
-            return W.to(self.lora_A.dtype).square().sum(1)
+            return W.to(self.lora_A).square().sum(1)
         state = (W.untyped_storage()._cdata, self.base_layer.weight._version, W.dtype)
         if getattr(self, "_square", (None,))[0] != state:
-            self._square = state, W.to(self.lora_A.dtype).square().sum(1)
+            self._square = state, W.to(self.lora_A).square().sum(1)
         return self._square[1]
 
     def row_scale(self) -> Tensor:
@@ -254,10 +257,13 @@ class LoRALayer(Wrapper):
         when it swallowed it. W itself is kept, so `unmerge` is exact, and a layer tied to it is not touched.
 
         Raises:
-            ValueError: the base is quantised, or the sum does not fit its dtype.
+            ValueError: the base is quantised or streamed, or the sum does not fit its dtype.
         """
         if self.merged:
             return self.unmerged[1]
+        if hasattr(self.base_layer, "visits_on"):
+            raise ValueError("cannot merge into a streamed weight: it is read-only and only visits the device. Keep the "
+                             "adapter beside it, or load the base whole")
         if quantised(self.base_layer):
             raise ValueError("cannot merge into a quantised weight: its levels are too coarse for the update. Keep the "
                              "adapter beside it, or dequantise the base first")

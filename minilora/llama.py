@@ -282,9 +282,10 @@ class Joined:
 def joined(layers: Iterable["Block"]):
     """Within, q, k, v are one product and so are gate and up: where weights are small, calls are what a token costs.
 
-    Linears that are adapted, hooked or large stay as they are: large ones would cost memory and gain nothing.
+    Linears that are adapted, hooked or large stay as they are: large ones would cost memory and gain nothing. So do
+    those of a block with a hook before it, which may bring weights (stream.py's does).
     """
-    parts = [(m, [getattr(m, f"{name}_proj") for name in names]) for block in layers
+    parts = [(m, [getattr(m, f"{name}_proj") for name in names]) for block in layers if not block._forward_pre_hooks
              for m, names in ((block.self_attn, "qkv"), (block.mlp, ("gate", "up")))]
     for module, linears in parts:
         if all(type(p) is nn.Linear and not p._forward_hooks and not p._forward_pre_hooks

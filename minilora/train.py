@@ -65,6 +65,8 @@ def reply_loss(model: nn.Module, ids: Tensor, targets: Tensor, counted: Tensor |
     With `counted`, the sum divided by that: for rows that are a part of a batch, their part of its mean.
     """
     counted = (targets != IGNORE).sum() if counted is None else counted
+    if hasattr(model, "chunked_loss"):  # a streamed decoder's, which never has all logits at once
+        return model.chunked_loss(ids, targets, counted)
     return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum") / counted
 
 

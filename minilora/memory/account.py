@@ -91,7 +91,8 @@ class Training(Run):
         zero: what they share out: 0 nothing (DistributedDataParallel), 1 optimizer states, 2 gradients too, 3 weights
             too (ZeRO, 1910.02054; FSDP is stage 3).
         base: where frozen weights live: on the "device"; or in the "host"'s memory or on "disk", from where each layer
-            visits the device in forward and again in backward. Needs a frozen base and checkpointing.
+            visits the device in forward and again in backward (`stream.py`). Needs a frozen base and checkpointing.
+        offload: a streamed run's saved inputs, one a layer, wait for backward in the host's memory too.
 
     Raises:
         ValueError: an unknown name (near ones are listed), or a size that makes no sense.
@@ -114,6 +115,7 @@ class Training(Run):
     cards: int = 1
     zero: int = 0
     base: str = "device"
+    offload: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -122,6 +124,8 @@ class Training(Run):
         if self.streamed and (self.method == "full" or not self.checkpointing or self.cards > 1):
             raise ValueError(f"a base on the {self.base} visits layer by layer: that needs a frozen base (method lora "
                              "or qlora), checkpointing, and one card")
+        if self.offload and not self.streamed:
+            raise ValueError("offload is of a streamed run: say base host or disk too")
 
     @property
     def tokens(self) -> int:
@@ -168,9 +172,11 @@ class Training(Run):
         trained = (weights if self.method == "full" else 4 * spec.lora_parameters(self.rank, self.target_modules))
         if self.streamed:
             rows = self.batch * self.seq * spec.embedding * WIDTH[self.dtype]
-            once = {"layers, forward and backward": 2 * spec.layers * layer, "head": self.head_bytes(spec),
-                    "rows of the embedding": rows}
-            return {what: size * self.accumulation for what, size in once.items()}
+            # two layers stay where the pass turns round: the last one at the head, the first two between steps
+            once = {"layers, forward and backward": max(2 * spec.layers - 3, 0) * layer,
+                    "head": self.head_bytes(spec) * (spec.layers > 1), "rows of the embedding": rows,
+                    "saved inputs, away and back": 2 * self.offload * spec.layers * rows}
+            return {what: size * self.accumulation for what, size in once.items() if size}
         if self.cards == 1:
             return {}
         others = lambda size: size * (self.cards - 1) // self.cards
@@ -180,6 +186,18 @@ class Training(Run):
         return {"weights, gathered in forward": others(every) * self.accumulation,
                 "layers, gathered in backward": others(every - outer) * self.accumulation,
                 "gradients, summed": others(trained)}
+
+
+    def flops(self, spec: ModelSpec) -> int:
+        """Floating-point operations of a step's matrix products and attention, those of adapters left out: two a
+        multiply-and-add. Forward, again if recomputed, the inputs' gradients, and if they train the weights'."""
+        full = self.method == "full"
+        passes, tokens = 2 + self.checkpointing + full, self.batch * self.seq
+        layer = 2 * sum(m.out * m.inp for m in spec.linears())
+        # scores and their product with the values, half of them masked; backward makes five products of two
+        attention = 2 * self.seq * spec.heads * spec.head_dim * (1 + self.checkpointing + 2.5)
+        head = 2 * spec.vocab * spec.embedding * (2 + full)
+        return int(tokens * (spec.layers * (layer * passes + attention) + head)) * self.accumulation
 
 
 @dataclass(frozen=True)
@@ -206,7 +224,7 @@ class Serving(Run):
     attention: str = "fused"
 
     # what a decoder on the tape asks of a training step
-    autocast = checkpointing = streamed = False
+    autocast = checkpointing = streamed = offload = False
     dropout = 0.0
 
     @property
@@ -254,7 +272,7 @@ class Bill:
         peak: bytes, each storage rounded up to 512 as CUDA's allocator does. moment: when.
         rows: every item held then; their bytes sum to the peak.
         moved: bytes over the wire (several cards) or the bus (a streamed base) in a step, by what they are.
-        host, disk: bytes of the base there.
+        host, disk: bytes there, of the base and of saved inputs.
     """
 
     spec: ModelSpec
@@ -285,7 +303,9 @@ class Bill:
 
     def elsewhere(self, place: str) -> int:
         layer, outer = self.run.weight_bytes(self.spec)
-        return self.spec.layers * layer + outer if getattr(self.run, "base", "") == place else 0
+        base = self.spec.layers * layer + outer if getattr(self.run, "base", "") == place else 0
+        inputs = self.moved.get("saved inputs, away and back", 0) // 2 // getattr(self.run, "accumulation", 1)
+        return base + inputs * (place == "host")
 
     def to_dict(self) -> dict:
         return {"model": asdict(self.spec), "run": asdict(self.run), "peak": self.peak, "moment": self.moment,

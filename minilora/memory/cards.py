@@ -24,12 +24,14 @@ class Card:
     Attributes:
         nominal: the size in its name. reported: the driver's total, None where we know of none.
         bus: what its connection to the host carries, bytes a second each way, at best.
+        flops: of products of dense 16-bit matrices, summed in fp32, a second at best (the makers' data sheets).
     """
 
     name: str
     nominal: int
     reported: int | None
     bus: float
+    flops: float
 
     @property
     def usable(self) -> tuple[int, int]:
@@ -50,33 +52,33 @@ class Card:
     def to_dict(self) -> dict:
         low, high = self.usable
         return {"nominal": self.nominal, "reported": self.reported, "usable_low": low, "usable_high": high,
-                "bus": self.bus}
+                "bus": self.bus, "flops": self.flops}
 
 
-def card(name: str, nominal_gib: int, reported_mib: int | None, generation: int) -> Card:
-    return Card(name, nominal_gib * GIB, reported_mib and reported_mib * MIB, PCIE[generation])
+def card(name: str, nominal_gib: int, reported_mib: int | None, generation: int, teraflops: float) -> Card:
+    return Card(name, nominal_gib * GIB, reported_mib and reported_mib * MIB, PCIE[generation], teraflops * 1e12)
 
 
 CARDS = {c.name: c for c in (
-    card("rtx-3060", 12, None, 4),
-    card("t4", 16, 15360, 3),
-    card("v100-16", 16, None, 3),
-    card("rtx-4080", 16, None, 4),
-    card("rtx-5080", 16, None, 5),
-    card("l4", 24, 23034, 4),
-    card("a10", 24, 23028, 4),
-    card("rtx-3090", 24, None, 4),
-    card("rtx-4090", 24, 24564, 4),
-    card("v100-32", 32, None, 3),
-    card("rtx-5090", 32, 32607, 5),
-    card("a100-40", 40, 40960, 4),
-    card("l40s", 48, 46068, 4),
-    card("rtx-a6000", 48, None, 4),
-    card("a100-80", 80, 81920, 4),
-    card("h100", 80, 81559, 5),
-    card("h200", 141, 143771, 5),
-    card("b200", 192, None, 5),
-    card("mi300x", 192, None, 5),
+    card("rtx-3060", 12, None, 4, 25.5),
+    card("t4", 16, 15360, 3, 65),
+    card("v100-16", 16, None, 3, 125),
+    card("rtx-4080", 16, None, 4, 97.5),
+    card("rtx-5080", 16, None, 5, 112.6),
+    card("l4", 24, 23034, 4, 121),
+    card("a10", 24, 23028, 4, 125),
+    card("rtx-3090", 24, None, 4, 71),
+    card("rtx-4090", 24, 24564, 4, 165.2),
+    card("v100-32", 32, None, 3, 125),
+    card("rtx-5090", 32, 32607, 5, 209.5),
+    card("a100-40", 40, 40960, 4, 312),
+    card("l40s", 48, 46068, 4, 362),
+    card("rtx-a6000", 48, None, 4, 154.8),
+    card("a100-80", 80, 81920, 4, 312),
+    card("h100", 80, 81559, 5, 989),
+    card("h200", 141, 143771, 5, 989),
+    card("b200", 192, None, 5, 2250),
+    card("mi300x", 192, None, 5, 1307),
 )}
 
 
@@ -87,7 +89,8 @@ def cards_command(parser, arguments: list[str]) -> None:
         print(json.dumps({name: c.to_dict() for name, c in CARDS.items()}, indent=2))
         return
     rows = [(c.name, bytes_text(c.nominal), bytes_text(c.reported) if c.reported else "unknown",
-             f"{bytes_text(c.usable[0])} to {bytes_text(c.usable[1])}", f"{c.bus / 1e9:.1f} GB/s")
+             f"{bytes_text(c.usable[0])} to {bytes_text(c.usable[1])}", f"{c.bus / 1e9:.1f} GB/s",
+             f"{c.flops / 1e12:,.0f} TFLOP/s")
             for c in CARDS.values()]
-    print(table(("card", "nominal", "driver reports", "usable", "bus"), rows))
+    print(table(("card", "nominal", "driver reports", "usable", "bus", "16-bit"), rows))
     print("usable: what the driver reports (93% to 100% of nominal where unknown) less 0.15 to 1.4 GB for CUDA")

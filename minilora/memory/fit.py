@@ -28,13 +28,15 @@ LARGEST = 2**20  # rows or tokens that a search looks at
 class Verdict:
     """One run on one card: need and usable memory are (least, most), in bytes.
 
-    bus_seconds: what a streamed base's way over the card's bus takes at least, a step; 0 for a base on the device.
+    bus_seconds, compute_seconds: what a streamed step takes at least: its bytes' way over the card's bus, and its
+        products at the card's best. The two go on side by side. 0 for a base on the device.
     """
 
     card: Card
     need: tuple[int, int]
     usable: tuple[int, int]
     bus_seconds: float = 0.0
+    compute_seconds: float = 0.0
 
     @property
     def answer(self) -> str:
@@ -48,12 +50,13 @@ class Verdict:
     def to_dict(self) -> dict:
         return {"card": self.card.name, "answer": self.answer, "margin": self.margin, "need_low": self.need[0],
                 "need_high": self.need[1], "usable_low": self.usable[0], "usable_high": self.usable[1],
-                "bus_seconds": self.bus_seconds}
+                "bus_seconds": self.bus_seconds, "compute_seconds": self.compute_seconds}
 
     def __str__(self):
         return (f"{self.card.name}: {self.answer}; needs {bytes_text(self.need[0])} to {bytes_text(self.need[1])} of "
                 f"{bytes_text(self.usable[0])} to {bytes_text(self.usable[1])}, margin {bytes_text(self.margin)}"
-                + f"; the bus takes at least {self.bus_seconds:.2f} s a step" * bool(self.bus_seconds))
+                + f"; a step takes at least {self.bus_seconds:.2f} s on the bus and {self.compute_seconds:.2f} s of "
+                  "computing beside it" * bool(self.bus_seconds))
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ def judge(bill: Bill, card: Card | str) -> Verdict:
     """One bill against one card."""
     card = Card.of(card) if isinstance(card, str) else card
     streamed = isinstance(bill.run, Training) and bill.run.streamed
-    return Verdict(card, need(bill), card.usable, sum(bill.moved.values()) / card.bus if streamed else 0.0)
+    seconds = (sum(bill.moved.values()) / card.bus, bill.run.flops(bill.spec) / card.flops) if streamed else ()
+    return Verdict(card, need(bill), card.usable, *seconds)
 
 
 def need(bill: Bill) -> tuple[int, int]:

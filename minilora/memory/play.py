@@ -13,7 +13,7 @@ OURS = ("llama", "mistral", "qwen2")  # the families that `llama.Llama` is
 
 def play(spec: ModelSpec, run, layers: int) -> Tape:
     """A step of `layers` layers, from the second on: the optimizer has its state."""
-    tape = Tape(autocast=run.autocast, shares=run.shares)
+    tape = Tape(autocast=run.autocast, shares=run.shares, offload=run.offload)
     model = decoder(tape, spec, run, layers)
     model.targets = tape.state(run.batch * run.seq, 8, "inputs", "targets")
     make_state, update = OPTIMIZERS[run.optimizer]

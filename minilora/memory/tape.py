@@ -77,6 +77,10 @@ class Frame:
     def __init__(self, run: Callable, x: Tensor, place: tuple):
         self.run, self.x, self.place, self.kept, self.count = run, x, place, None, 0
 
+    def leave(self) -> None:
+        """Send the input to the host."""
+        self.away, self.x = (self.x.count, self.x.width, self.x.node, self.x.slot), None
+
 
 class Kept:
     """In the place of a tensor that a checkpointed block did not keep."""
@@ -110,12 +114,14 @@ class Tape:
         leaves: what trains, with its number of rows.
         align: storages are rounded up to a multiple of it, as CUDA's allocator does.
         shares: part -> of how many cards this one keeps its share of the part; 0: it keeps nothing of it.
+        offload: checkpointed blocks' inputs wait on the host.
     """
 
-    def __init__(self, align: int = 512, autocast: bool = False, shares: dict[str, int] | None = None):
+    def __init__(self, align: int = 512, autocast: bool = False, shares: dict[str, int] | None = None,
+                 offload: bool = False):
         self.items: list[Item] = []
         self.moments: list[tuple[str, int | None, str]] = [("start", None, "")]
-        self.align, self.autocast, self.shares = align, autocast, shares or {}
+        self.align, self.autocast, self.shares, self.offload = align, autocast, shares or {}, offload
         self.place: tuple[str, int | None] = ("start", None)  # phase and layer
         self.module, self.part, self.order = "", "temporaries", 0
         self.recording = True  # inside a no_grad, or an operator's own code, nothing is recorded
@@ -204,6 +210,8 @@ class Tape:
         x.storage.item.part, x.storage.item.name = "activations", "input of a checkpointed layer"
         self.frame = Frame(block, x, self.place)
         y = block(x)
+        if self.offload:
+            self.frame.leave()
         self.frame = None
         return y
 
@@ -211,8 +219,12 @@ class Tape:
         before = self.place, self.module, self.casts
         self.place, self.casts, self.part = ("recompute", frame.place[1]), {}, "recomputed activations"
         self.frame, self.replaying, frame.kept = frame, True, []
+        x = frame.x
+        if x is None:
+            count, width, node, slot = frame.away
+            x = self.new(count, width, "input, back from the host", node=node, slot=slot)
         try:
-            frame.run(frame.x)
+            frame.run(x)
         except Enough:
             pass
         self.place, self.module, self.casts = before
