@@ -132,6 +132,7 @@ def interrupted(folder: Path, parallel: str, victim: int | None = None) -> dict:
         if step in (5, 10, 15):
             save_adapter(m, folder / parallel / "adapter")
         if step == 12 and rank() == victim:
+            (folder / parallel / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     log = run(model(dtype=DOUBLE), parallel=parallel, every=5, on_step=on_step,
