@@ -107,7 +107,7 @@ class Tape:
 
     Attributes:
         items: every storage there was. moments: one (phase, layer, what) per operator that allocated.
-        leaves: what trains, with its number of rows.
+        leaves: what trains, with its number of rows. layers: the layer of each.
         align: storages are rounded up to a multiple of it, as CUDA's allocator does.
         shares: part -> of how many cards this one keeps its share of the part; 0: it keeps nothing of it.
     """
@@ -123,6 +123,7 @@ class Tape:
         self.replaying = False
         self.casts: dict[Tensor, Tensor] = {}
         self.leaves: list[tuple[Tensor, int]] = []
+        self.layers: dict[Tensor, int | None] = {}
 
     # Storages
 
@@ -148,6 +149,7 @@ class Tape:
             self.require_grad(t)
             t.node.name = name
             self.leaves.append((t, rows))
+            self.layers[t] = self.place[1]
         return t
 
     def four_bit(self, count: int, name: str, double: bool = True) -> list[Tensor]:
@@ -382,7 +384,8 @@ class Tape:
         """x (N in, .) -> (N out, .) by w (out in, .). `flat`: x has two dimensions, so that no view is needed."""
         inp = w.count // out
         rows = x.count // inp
-        bias, w, x = self.amp(bias), self.amp(w), self.amp(x)
+        given = bias, w, x  # whoever calls a kernel holds what it gives until the result is there
+        bias, w, x = (self.amp(t) for t in given)
         width, biased = x.width, bias is not None
 
         def back(saved, grads, needs):
