@@ -127,6 +127,34 @@ def test_transformers_and_peft(family, mode, method, checkpointing):
     assert estimate(spec, run).peak == traced(config, run)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peft_on_bitsandbytes(family, autocast, checkpointing):
+    """The QLoRA that people run: `prepare_model_for_kbit_training`, NF4 with double quantisation."""
+    pytest.importorskip("bitsandbytes")
+    heads = 2 if family in ("llama", "qwen2") else 4
+    config = transformers_config(ModelSpec("small", family, 2, 64, 4, heads, 16, 256, 512, 64, False))
+    run = Training("qlora", 8, ALL, 2, 32, autocast=autocast, checkpointing=checkpointing,
+                   implementation="transformers")
+    assert estimate(ModelSpec.from_config(config.to_dict()), run).peak == traced(config, run)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_state_of_eight_bit_adamw(dtype):
+    """As bitsandbytes makes it; its two tables of 256 levels, once for all weights, are left out."""
+    optim = pytest.importorskip("bitsandbytes").optim
+    config = LlamaConfig(300, 64, 176, 2, 4, max_position_embeddings=64)
+    model = Llama(config, seed=0).to(getattr(torch, dtype))
+    optimizer = optim.AdamW8bit(model.parameters())
+    for i, p in enumerate(model.parameters()):
+        optimizer.init_state(optimizer.param_groups[0], p, 0, i)
+    states = {id(t): t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)}
+    sizes = sorted(-(-t.nbytes // 512) * 512 for t in states.values())
+    rows = estimate(ModelSpec.from_config(config.to_hf()), Training("full", seq=8, dtype=dtype, optimizer="adamw8bit"))
+    assert rows.parts["optimizer"] == sum(sizes) - 2 * 1024
+
+
 # ---------------------------------------------------------------- what the bill says of itself
 
 

@@ -24,11 +24,11 @@ class Matrix:
         self.weight = self.codes = self.bias = self.A = self.B = None
         size = linear.out * linear.inp
         if run.method == "qlora":
-            self.codes = tape.four_bit(size, linear.name, run.double_quant)
+            self.codes = tape.four_bit(size, linear.name, run.double_quant, run.implementation == "transformers")
         else:
             self.weight = tape.weight(size, self.width, linear.name, run.method == "full", linear.out)
         if linear.bias:
-            self.bias = tape.weight(linear.out, WIDTH[run.outer_dtype], f"{linear.name} bias", run.method == "full")
+            self.bias = tape.weight(linear.out, self.width, f"{linear.name} bias", run.method == "full")
         if adapted:
             self.A = tape.state(run.rank * linear.inp, 4, "adapters", f"{linear.name} lora_A", True, run.rank)
             self.B = tape.state(run.rank * linear.out, 4, "adapters", f"{linear.name} lora_B", True, linear.out)

@@ -152,10 +152,12 @@ class Tape:
             self.layers[t] = self.place[1]
         return t
 
-    def four_bit(self, count: int, name: str, double: bool = True) -> list[Tensor]:
-        """A weight as `quant.Linear4bit` keeps it: codes, absmax of each block of 64, and their scales and mean."""
+    def four_bit(self, count: int, name: str, double: bool, levels: bool) -> list[Tensor]:
+        """A weight as `quant.Linear4bit` keeps it: codes, absmax of each block of 64, and their scales and mean; with
+        `levels` as bitsandbytes does: with a table of its own for the codes, and for the codes of absmax."""
         blocks = -(-count // 64)
         sizes = [(blocks * 32, 1), (blocks, 1 if double else 4), *[(-(-blocks // 256), 4), (1, 4)] * double]
+        sizes += [(16, 4), *[(256, 4)] * double] * levels
         return [self.state(*size, "frozen weights", f"{name} in 4 bits") for size in sizes]
 
     def weight(self, count: int, width: int, name: str, trains: bool, rows: int = 0) -> Tensor:
