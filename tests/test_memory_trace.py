@@ -441,7 +441,6 @@ def test_errors_say_what_to_do():
     ({"rank": 0}, "rank must be a positive integer, got 0"),
     ({"rank": 40}, "rank 40 is larger"),
     ({"target_modules": ("q_porj",)}, "'q_porj' matches no module; near it: q_proj"),
-    ({"config": gpt2, "method": "qlora"}, "qlora can be traced only with our decoder"),
     ({"config": dict}, "expected a LlamaConfig or the config of a causal language model of transformers', got a dict"),
 ])
 def test_a_step_that_makes_no_sense_is_refused(options, says):
@@ -497,4 +496,8 @@ def test_the_command_ends_in_one_line(folder, change, says, capsys):
 def test_without_transformers_the_command_says_so(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(["trace", "--config", str(folder)]) == 2
-    assert "needs transformers and peft, and transformers is not installed" in capsys.readouterr().err
+    assert "transformers is not installed" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert main(["trace", "--config", str(folder), "--method", "qlora", "--seq", "16"]) == 2
+    assert "bitsandbytes is not installed: pip install bitsandbytes" in capsys.readouterr().err

@@ -65,9 +65,9 @@ class Run:
         matrices = spec.linears()
         if self.method != "qlora":
             return spec.layer_parameters * width, spec.outer_parameters * width
-        biases = sum(m.out * m.bias for m in matrices) + spec.layout.norms * spec.norm_parameters
+        biases, norms = sum(m.out * m.bias for m in matrices), spec.layout.norms * spec.norm_parameters
         four_bit = sum(four_bit_bytes(m.out * m.inp, self.double_quant) for m in matrices)
-        return four_bit + biases * width, spec.outer_parameters * width
+        return four_bit + biases * WIDTH[self.dtype] + norms * width, spec.outer_parameters * width
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ class Matrix:
         self.weight = self.codes = self.bias = self.A = self.B = None
         size = linear.out * linear.inp
         if run.method == "qlora":
-            self.codes = tape.four_bit(size, linear.name, run.double_quant)
+            self.codes = tape.four_bit(size, linear.name, run.double_quant, run.implementation == "transformers")
         else:
             self.weight = tape.weight(size, self.width, linear.name, run.method == "full", linear.out)
         if linear.bias:
-            self.bias = tape.weight(linear.out, WIDTH[run.outer_dtype], f"{linear.name} bias", run.method == "full")
+            self.bias = tape.weight(linear.out, self.width, f"{linear.name} bias", run.method == "full")
         if adapted:
             self.A = tape.state(run.rank * linear.inp, 4, "adapters", f"{linear.name} lora_A", True, run.rank)
             self.B = tape.state(run.rank * linear.out, 4, "adapters", f"{linear.name} lora_B", True, linear.out)
@@ -77,6 +77,7 @@ class Matrix:
             numbers = tape.new(here * 32, 4, "codes as numbers")
             pairs = tape.new(here * 32, 8, "pairs of levels")
             del numbers
+        w.count = self.linear.out * self.linear.inp  # the last block may be longer than the weight
         return w
 
     def adapted(self, x: Tensor) -> Tensor:
@@ -148,9 +149,11 @@ class Decoder:
         if spec.embedding != spec.hidden:
             self.projections = [self.weight(spec.hidden * spec.embedding, "projection", spec.hidden) for _ in range(2)]
         self.layers = []
-        for _ in range(layers):
+        for i in range(layers):
+            tape.place = ("start", i)
             matrices = {m.name: adapter(tape, m, run, m in adapted) for m in spec.linears()}
             self.layers.append((matrices, [self.norm_weight() for _ in range(spec.layout.norms)]))
+        tape.place = ("start", None)
         self.last_norm = self.norm_weight() if spec.last_norm else None
         self.head = self.embedding if spec.tied else self.weight(spec.vocab * spec.embedding, "lm_head", spec.vocab)
         self.ids = tape.state(run.batch * run.seq, 8, "inputs", "ids")
@@ -223,7 +226,11 @@ class Decoder:
         tape, spec, run = self.tape, self.spec, self.run
         rows, grouped = run.batch * spec.heads, spec.heads != spec.kv_heads
         if min(tape.amp_width(t) for t in (q, k, v)) == 2 and spec.head_dim <= 256:
-            return tape.fused_attention(q, k, v, rows * run.seq)
+            if not spec.head_dim % 8:
+                return tape.fused_attention(q, k, v, rows * run.seq)
+            padded = lambda t: tape.unary(t, "padded", count=t.count // spec.head_dim * (-(-spec.head_dim // 8) * 8))
+            y = tape.fused_attention(*(padded(tape.amp(t)) for t in (q, k, v)), rows * run.seq)
+            return tape.copy(tape.slice(y, q.count))
         if not grouped:
             return tape.fused_attention(q, k, v, rows * -(-run.seq // 32) * 32)
         return tape.plain_attention(q, k, v, run.batch, run.seq, spec.heads, q.width)
@@ -275,9 +282,9 @@ class OurDecoder(Decoder):
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         tape = self.tape
-        left, right = tape.split(x, [x.count // 2] * 2)
-        return tape.add(tape.mul(x, cos), tape.mul(tape.cat(tape.unary(right, "negated half"), left), sin))
+        return tape.add(tape.mul(x, cos), tape.mul(tape.unary(x, "rolled by half"), sin))
 
     def mlp(self, x: Tensor, m: dict) -> Tensor:
         tape = self.tape
-        return m["mlp.down_proj"](tape.mul(tape.unary(m["mlp.gate_proj"](x), "silu", "input"), m["mlp.up_proj"](x)))
+        gate, up = m["mlp.gate_proj"](x), m["mlp.up_proj"](x)
+        return m["mlp.down_proj"](tape.mul(tape.unary(gate, "silu", "input"), up))

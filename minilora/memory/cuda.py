@@ -98,6 +98,8 @@ def follow_cuda(stack: ExitStack) -> None:
             library.impl(name, autocast_kernel(name, name in IN_FP32), "AutocastCPU")
         for name in NOT_CAST:
             library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU")
+    asked = torch.is_autocast_enabled  # without a device it is CUDA's that is meant: PEFT asks so
+    stack.enter_context(patch("torch.is_autocast_enabled", lambda *device: asked(*device or ("cpu",))))
     stack.enter_context(patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: ["cpu"]))
 
 

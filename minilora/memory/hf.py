@@ -40,7 +40,7 @@ class PeftMatrix(Matrix):
         return self.tape.cast(super().four_bit_base(self.tape.cast(x, self.width)), x_width)
 
     def dequantise(self, width: int) -> Tensor:
-        """Its kernel makes the dense weight at once (for few tokens it may not need to)."""
+        """Its kernel makes the dense weight at once."""
         size = self.linear.out * self.linear.inp
         absmax = self.tape.new(-(-size // 64), 4, "absmax") if self.run.double_quant else None
         return self.tape.new(size, width, "dense weight")

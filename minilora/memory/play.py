@@ -1,7 +1,6 @@
 """One training step on a tape: the model, its optimizer's state, forward, backward, the optimizer's step."""
 
 from collections.abc import Callable
-from math import prod
 
 from .blocks import OurDecoder
 from .hf import Transformers
@@ -73,10 +72,20 @@ def adafactor_state(tape: Tape, leaf: Tensor, rows: int) -> list[Tensor]:
 
 
 def adafactor(tape: Tape, leaves: list) -> None:
-    """One weight after the other: the largest counts."""
-    if leaves:
-        count, width = max(((leaf.count, leaf.width) for leaf, _ in leaves), key=prod)
-        at_once(tape, "update and the mean of its rows", [(count, width), (1, width)])
+    """`torch.optim.Adafactor`, one weight after the other. A loop's variables keep the last weight's tensors until the
+    next one's are there: two updates meet."""
+    for leaf, rows in leaves:
+        tape.place, width = ("optimizer", tape.layers[leaf]), leaf.width
+        if rows:
+            row_mean = tape.new(rows, width, "mean of rows")
+            column_mean = tape.new(leaf.count // rows, width, "mean of columns")
+            estimate = tape.new(leaf.count, width, "second moment")
+            mean = tape.new(1, width, "mean of row means")
+            del mean
+        else:
+            square = tape.new(leaf.count, width, "square")
+            estimate = tape.new(leaf.count, width, "second moment")
+        update = estimate
 
 
 def nothing(tape: Tape, leaves: list) -> None:
@@ -92,9 +101,15 @@ def adamw_8bit_state(tape: Tape, leaf: Tensor, rows: int) -> list[Tensor]:
 
 
 def lion(tape: Tape, leaves: list) -> None:
-    """One weight after the other (Chen et al. 2023, 2302.06675): the sign of a blend of momentum and gradient."""
-    if leaves:
-        at_once(tape, "update", [max(((leaf.count, leaf.width) for leaf, _ in leaves), key=prod)])
+    """The authors' code, one weight after the other (Chen et al. 2023, 2302.06675, program 1): the sign of a blend of
+    momentum and gradient."""
+    for leaf, _ in leaves:
+        tape.place = ("optimizer", tape.layers[leaf])
+        parts = [tape.new(leaf.count, leaf.width, name) for name in ("momentum's part", "gradient's part")]
+        update = tape.new(leaf.count, leaf.width, "update")
+        del parts
+        sign = tape.new(leaf.count, leaf.width, "sign")
+        del sign
 
 
 OPTIMIZERS = {

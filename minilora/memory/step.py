@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from ..config import ALL_LINEAR, LoRAConfig
 from ..insert import inject
+from ..layers import dense_weight, kind_of
 from ..llama import Llama, LlamaConfig
 from ..quant import quantise_model  # here, not on fake tensors: its levels are computed when it is imported
 from ..train import reply_loss
@@ -37,7 +39,8 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
     Args:
         config: a `LlamaConfig` (our decoder, our LoRA layers), or a config of transformers' (its causal language model,
             adapters by PEFT; both must be installed).
-        method: "full": every weight trains; "lora": only adapters; "qlora": adapters on a 4-bit base (ours only).
+        method: "full": every weight trains; "lora": only adapters; "qlora": adapters on a 4-bit base (of
+            transformers': by bitsandbytes, which must be installed).
         rank, target_modules, dropout: LoRA's, as in `LoRAConfig`.
         batch, seq: rows, and tokens in each.
         optimizer: "adamw", "sgd", "momentum" or "adafactor", as torch has them.
@@ -46,7 +49,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
         checkpointing: recompute each layer in backward.
 
     Raises:
-        ValueError: an unknown name, a size below 1 or above the context, or transformers or peft missing.
+        ValueError: an unknown name, a size below 1 or above the context, or a package missing.
     """
     for what, value, known in (("method", method, METHODS), ("optimizer", optimizer, OPTIMIZERS),
                                ("dtype", dtype, DTYPES)):
@@ -62,10 +65,8 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
     lora = LoRAConfig(rank, 2 * rank, target_modules, dropout) if method != "full" else None
     if isinstance(config, LlamaConfig):
         model, loss_of = our_model(config, lora, DTYPES[dtype], checkpointing, method == "qlora")
-    elif method == "qlora":
-        raise ValueError("qlora can be traced only with our decoder: the 4-bit kernels that PEFT uses are for GPUs")
     else:
-        model, loss_of = hugging_face_model(config, lora, DTYPES[dtype], checkpointing)
+        model, loss_of = hugging_face_model(config, lora, DTYPES[dtype], checkpointing, method == "qlora")
     opt = OPTIMIZERS[optimizer]([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
     ids, targets = (torch.randint(config.vocab_size, (batch, seq)) for _ in range(2))  # (B, T)
 
@@ -89,7 +90,7 @@ def our_model(config: LlamaConfig, lora: LoRAConfig | None, dtype: torch.dtype, 
     return model, reply_loss
 
 
-def hugging_face_model(config, lora: LoRAConfig | None, dtype: torch.dtype, checkpointing: bool):
+def hugging_face_model(config, lora: LoRAConfig | None, dtype: torch.dtype, checkpointing: bool, four_bit: bool):
     peft, transformers = need("peft"), need("transformers")
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"expected a LlamaConfig or the config of a causal language model of transformers', "
@@ -97,6 +98,8 @@ def hugging_face_model(config, lora: LoRAConfig | None, dtype: torch.dtype, chec
     config = copy.deepcopy(config)
     config.use_cache = False  # training keeps no keys and values
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if four_bit:
+        model = peft.prepare_model_for_kbit_training(bitsandbytes_model(model, dtype), False)
     if lora:
         targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha,
@@ -106,13 +109,39 @@ def hugging_face_model(config, lora: LoRAConfig | None, dtype: torch.dtype, chec
     return model, lambda model, ids, targets: model(input_ids=ids, labels=targets).loss
 
 
+def bitsandbytes_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model as transformers loads it in 4 bits: NF4, double quantisation, every linear but the head."""
+    bnb = need("bitsandbytes")
+
+    class Linear4bit(bnb.nn.Linear4bit):
+        """With a plain parameter: bitsandbytes' own cannot hold a fake tensor."""
+
+        def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None):
+            nn.Module.__init__(self)
+            self.out_features, self.in_features = weight.shape
+            with patch.dict(bnb.functional.name2qmap):  # which must not keep what may be fake
+                codes, state = bnb.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+            self.weight, self.bias = nn.Parameter(codes, requires_grad=False), bias
+            self.weight.quant_state, self.weight.compress_statistics, self.weight.quant_type = state, True, "nf4"
+            self.compute_dtype, self.compute_type_is_set, self.support_avx512bf16_for_cpu = dtype, True, False
+            for name, t in (("levels", state.code), ("absmax", state.absmax), ("mean", state.offset),
+                            ("absmax_levels", state.state2.code), ("absmax_scale", state.state2.absmax)):
+                self.register_buffer(name, t, persistent=False)  # so that a trace knows them
+
+    for name, module in list(model.named_modules()):
+        if kind_of(module) in ("linear", "conv1d") and module is not model.get_output_embeddings():
+            model.set_submodule(name, Linear4bit(dense_weight(module).detach().contiguous(), module.bias))
+    model.is_loaded_in_4bit = True
+    return model
+
+
 def need(package: str):
     """The package, which minilora does without elsewhere."""
     try:
         return __import__(package)
     except ImportError:
-        raise ValueError(f"tracing a Hugging Face architecture needs transformers and peft, and {package} is not "
-                         "installed: pip install transformers peft") from None
+        raise ValueError(f"tracing a Hugging Face architecture needs transformers and peft, for qlora bitsandbytes too, "
+                         f"and {package} is not installed: pip install {package}") from None
 
 
 def trace_command(parser, arguments: list[str]) -> None:

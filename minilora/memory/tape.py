@@ -111,7 +111,7 @@ class Tape:
 
     Attributes:
         items: every storage there was. moments: one (phase, layer, what) per operator that allocated.
-        leaves: what trains, with its number of rows.
+        leaves: what trains, with its number of rows. layers: the layer of each.
         align: storages are rounded up to a multiple of it, as CUDA's allocator does.
         shares: part -> of how many cards this one keeps its share of the part; 0: it keeps nothing of it.
         offload: checkpointed blocks' inputs wait on the host.
@@ -129,6 +129,7 @@ class Tape:
         self.replaying = False
         self.casts: dict[Tensor, Tensor] = {}
         self.leaves: list[tuple[Tensor, int]] = []
+        self.layers: dict[Tensor, int | None] = {}
 
     # Storages
 
@@ -154,12 +155,15 @@ class Tape:
             self.require_grad(t)
             t.node.name = name
             self.leaves.append((t, rows))
+            self.layers[t] = self.place[1]
         return t
 
-    def four_bit(self, count: int, name: str, double: bool = True) -> list[Tensor]:
-        """A weight as `quant.Linear4bit` keeps it: codes, absmax of each block of 64, and their scales and mean."""
+    def four_bit(self, count: int, name: str, double: bool, levels: bool) -> list[Tensor]:
+        """A weight as `quant.Linear4bit` keeps it: codes, absmax of each block of 64, and their scales and mean; with
+        `levels` as bitsandbytes does: with a table of its own for the codes, and for the codes of absmax."""
         blocks = -(-count // 64)
         sizes = [(blocks * 32, 1), (blocks, 1 if double else 4), *[(-(-blocks // 256), 4), (1, 4)] * double]
+        sizes += [(16, 4), *[(256, 4)] * double] * levels
         return [self.state(*size, "frozen weights", f"{name} in 4 bits") for size in sizes]
 
     def weight(self, count: int, width: int, name: str, trains: bool, rows: int = 0) -> Tensor:
@@ -394,7 +398,8 @@ class Tape:
         """x (N in, .) -> (N out, .) by w (out in, .). `flat`: x has two dimensions, so that no view is needed."""
         inp = w.count // out
         rows = x.count // inp
-        bias, w, x = self.amp(bias), self.amp(w), self.amp(x)
+        given = bias, w, x  # whoever calls a kernel holds what it gives until the result is there
+        bias, w, x = (self.amp(t) for t in given)
         width, biased = x.width, bias is not None
 
         def back(saved, grads, needs):
