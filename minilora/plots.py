@@ -135,12 +135,13 @@ def timeline(points: Sequence[tuple[int, str]], *, title: str = "Bytes held, ope
     """The live bytes of one step, from (bytes, phase) of each moment: `memory.account.timeline`, or a trace's."""
     size, phases = np.array([p[0] for p in points]) / GIB, [p[1] for p in points]
     fig, axes = canvas(title, "moment", "GiB", width=8)
-    seen = list(dict.fromkeys(phases))
-    for i, phase in enumerate(seen):
-        here = np.array([p == phase for p in phases])
-        axes.fill_between(np.arange(len(size)), np.where(here, size, np.nan), step="post", label=phase,
+    starts = np.arange(0, len(size), max(1, len(size) // 600))  # more than the eye can part: the largest of each run
+    tops, there = np.maximum.reduceat(size, starts), [phases[i] for i in starts]
+    for i, phase in enumerate(dict.fromkeys(phases)):
+        here = np.array([p == phase for p in there])
+        axes.fill_between(starts, np.where(here, tops, np.nan), step="post", label=phase if here.any() else None,
                           color=SHADES[i % 6], alpha=0.6, hatch=HATCHES[i % 8], linewidth=0)
-    axes.step(np.arange(len(size)), size, where="post", color="#111111", linewidth=0.5)
+    axes.step(starts, tops, where="post", color="#111111", linewidth=0.5)
     if limit:
         axes.axhline(limit[1] / GIB, color="#111111", linewidth=1, linestyle=":", label=limit[0])
     at = int(size.argmax())
@@ -167,3 +168,29 @@ def fit_grid(verdicts: Mapping[str, Mapping[str, "Verdict"]], *, title: str,  # 
     axes.grid(visible=False)
     count = {answer: int((values == s).sum()) for answer, s in shade.items()}
     return fig, ", ".join(f"{n} of {values.size} {answer}" for answer, n in count.items())
+
+
+def levels(values: Sequence[float], kinds: Mapping[str, Sequence[float]], *, title: str, xlabel: str,
+           within: float = 0.5) -> tuple[Figure, str]:
+    """A histogram of weights over their block's absmax, over the levels of each kind.
+
+    Args:
+        values: from -1 to 1. kinds: name -> its levels.
+        within: the sentence counts weights and levels nearer to zero than this.
+    """
+    values = np.asarray(values)
+    share, edges = np.histogram(values, bins=80, range=(-1, 1))
+    share = 100 * share / len(values)
+    fig, axes = canvas(title, xlabel, "share of the weights (% a bin)", width=8)
+    axes.bar(edges[:-1], share, np.diff(edges), align="edge", color="#b5b5b5", edgecolor="white", linewidth=0.3)
+    lines = [-share.max() * (0.12 + 0.16 * i) for i in range(len(kinds))]
+    for i, (at, y) in enumerate(zip(kinds.values(), lines)):
+        axes.plot(at, np.full(len(at), y), linestyle="none", marker=MARKERS[i % 6], color=SHADES[i % 6])
+    ticks = [t for t in axes.get_yticks() if 0 <= t <= share.max()]
+    axes.set_yticks([*lines, *ticks], [*kinds, *(f"{t:g}" for t in ticks)])
+    axes.set_ylim(1.6 * lines[-1], 1.08 * share.max())
+    axes.axhline(0, color="#111111", linewidth=0.8)
+    near = np.mean(np.abs(values) < within)
+    counts = " and ".join(f"{int((np.abs(at) < within).sum())} of {len(at)} levels of {name}"
+                          for name, at in kinds.items())
+    return fig, f"{near:.0%} of the weights are nearer to zero than {within:g} of their absmax; so are {counts}"

@@ -24,19 +24,25 @@ BLOCK, ABSMAX_BLOCK = 64, 256  # weights that share an absmax; absmax that share
 FP8 = torch.float8_e4m3fn
 
 
-def nf4_levels() -> tuple[float, ...]:
-    """The 16 levels of the 4-bit NormalFloat, rising from -1 to 1 (section 3 and appendix E).
+def nf4_levels(bits: int = 4) -> tuple[float, ...]:
+    """The levels of the NormalFloat, rising from -1 to 1: 16 in NF4, or 2^bits (section 3 and appendix E).
 
     They are quantiles of the standard normal distribution, so that normal weights use each about equally often: of 8
     evenly spaced probabilities for the positive half, of 7 for the negative, and zero itself, which must be exact. The
     outermost probability keeps away from 1, where the quantile is infinite; its quantile is then scaled to 1.
+
+    Raises:
+        ValueError: bits below 2: one bit has no negative level.
     """
-    outermost = 1 - (1 / 32 + 1 / 30) / 2  # half a step within the range, averaged over 16 and 15 steps
+    if type(bits) is not int or bits < 2:
+        raise ValueError(f"bits must be an integer from 2 on, got {bits!r}")
+    count = 2**bits  # 16
+    outermost = 1 - (1 / (2 * count) + 1 / (2 * count - 2)) / 2  # half a step within, averaged over 16 and 15 steps
 
     def half(count: int) -> Tensor:
         return torch.special.ndtri(torch.linspace(0.5, outermost, count + 1, dtype=torch.float64))[1:]  # (count,)
 
-    levels = torch.cat((-half(7).flip(0), torch.zeros(1, dtype=torch.float64), half(8)))  # (16,)
+    levels = torch.cat((-half(count // 2 - 1).flip(0), torch.zeros(1, dtype=torch.float64), half(count // 2)))
     # the negative half's outermost quantile is the positive's: both ends are scaled to 1
     return tuple((levels / levels[-1]).float().tolist())
 

@@ -103,6 +103,13 @@ def test_lion_as_its_authors_wrote_it(method, tokens, monkeypatch):
     assert estimate(ModelSpec.from_config(config.to_hf()), run).peak == traced(config, run)
 
 
+def test_four_bits_with_the_peak_inside_the_mlp():
+    config = LlamaConfig(64, 64, 176, 2, 4, num_key_value_heads=2, max_position_embeddings=64)
+    run = Training("qlora", 8, QV, batch=1, seq=24, checkpointing=True)
+    bill = estimate(ModelSpec.from_config(config.to_hf()), run)
+    assert bill.peak == traced(config, run) and "mlp.up_proj" in bill.moment
+
+
 THEIR_CELLS = [("bf16", "LoRA all", True), ("autocast", "full", True), ("bf16", "full", False),
                ("bf16", "LoRA all", False), ("fp32", "LoRA q v", True), ("autocast", "LoRA all", False)]
 THEIRS = [(family, *cell) for families, cells in ((("llama", "qwen2", "mistral", "gpt2", "opt"), THEIR_CELLS),

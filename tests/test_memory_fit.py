@@ -96,3 +96,11 @@ def test_figures_and_their_sentences(tmp_path):
     fig, sentence = plots.fit_grid({"1B": {name: judge(bill, "t4") for name, bill in priced.items()}}, title="T4")
     fig.savefig(tmp_path / "grid.png")
     assert sentence == "1 of 2 fits, 0 of 2 too close to call, 1 of 2 does not fit"
+
+
+def test_a_long_timeline_is_drawn_with_every_peak_of_it():
+    points = [(GIB * (i % 7), "forward") for i in range(5000)] + [(50 * GIB, "backward"), (0, "backward")]
+    fig, sentence = plots.timeline(points)
+    assert sentence == "the peak of 50.00 GiB falls in the backward, at moment 5,000 of 5,002"
+    drawn = fig.axes[0].lines[0].get_ydata()
+    assert len(drawn) < 700 and drawn.max() == 50 and drawn[:-1].min() == 6

@@ -15,8 +15,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from minilora import (LoRAConfig, LoRALayer, inject, load_adapter, lora_parameters, merge, quant, remove, report,
-                      save_adapter)
+from minilora import (LoRAConfig, LoRALayer, inject, load_adapter, lora_parameters, merge, plots, quant, remove,
+                      report, save_adapter)
+from minilora.experiments import rounded
 from minilora.layers import kind_of
 from minilora.llama import Llama, LlamaConfig
 from minilora.quant import (FP8, LEVELS, Linear4bit, QuantisedTensor, dequantise, dequantise_absmax, nf4_levels,
@@ -65,6 +66,36 @@ def test_levels_rise_hold_zero_exactly_and_are_denser_near_it():
     assert list(levels) == sorted(set(levels)) and levels[7] == 0.0 and levels[0] == -1.0 and levels[15] == 1.0
     gaps = [b - a for a, b in zip(levels, levels[1:])]
     assert min(gaps) == gaps[7] and max(gaps) == gaps[0]  # the negative side has one level less, so its gaps are wider
+
+
+def test_a_normal_float_of_other_sizes():
+    for bits in (2, 3, 5):
+        levels = nf4_levels(bits)
+        assert len(levels) == 2**bits and list(levels) == sorted(levels)
+        assert levels[2**(bits - 1) - 1] == 0.0 and (levels[0], levels[-1]) == (-1.0, 1.0)
+    for bits in (1, 0, 2.0, True):
+        with pytest.raises(ValueError, match="bits must be an integer from 2 on"):
+            nf4_levels(bits)
+
+
+def test_rounding_a_model_to_four_bits_is_what_quantising_it_does():
+    model = our_llama()
+    four_bit, dense = quantise_model(copy.deepcopy(model), double=False), rounded(copy.deepcopy(model), 4)
+    shuffled = rounded(copy.deepcopy(model), 4, shuffle=True)
+    for name, linear in dense.model.layers.named_modules():
+        if isinstance(linear, nn.Linear):
+            weight = four_bit.model.layers.get_submodule(name).dequantize()
+            moved = shuffled.model.layers.get_submodule(name).weight
+            assert torch.equal(linear.weight, weight) and not torch.equal(moved, weight)
+            assert torch.equal(moved.flatten().sort().values, weight.flatten().sort().values)
+
+
+def test_the_figure_counts_weights_and_levels_near_zero(tmp_path):
+    fig, sentence = plots.levels([-1.0, -0.4, 0.1, 0.3, 0.49], LEVELS, title="levels", xlabel="weight / absmax")
+    fig.savefig(tmp_path / "levels.png")
+    assert sentence == ("80% of the weights are nearer to zero than 0.5 of their absmax; so are 10 of 16 levels of nf4 "
+                        "and 7 of 16 levels of int4")
+    assert sum(bar.get_height() for bar in fig.axes[0].patches) == pytest.approx(100)
 
 
 def test_int4_levels_are_evenly_spaced():

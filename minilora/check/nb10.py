@@ -1,0 +1,148 @@
+"""Notebook 10, a 4-bit base: two choices, and the three steps from weights to stored bytes."""
+
+from fractions import Fraction
+
+import torch
+
+from . import Exercise, Prediction
+
+rounding = Prediction("c", {
+    "a": "A model is not a program, in which one wrong bit ends everything: each output is a sum over hundreds of "
+         "weights, and most of the rounding errors in it cancel.",
+    "b": "The error of the weights is not the error of the replies. Errors of many weights, as often up as down, "
+         "cancel in a sum, and a reply changes only if another word overtakes the right one.",
+    "c": "Rounding errors go up as often as down, so they mostly cancel in the sums over hundreds of weights, and the "
+         "right word leads by more than what is left of them.",
+    "d": "Rounding can move a few replies either way, but it knows nothing about the task: it cannot make a model "
+         "better by more than chance.",
+})
+
+loses = Prediction("c", {
+    "a": "NF4 is made for weights of one shape, the normal distribution's. A list of 16 numbers cannot be the best for "
+         "every shape.",
+    "b": "With heavy tails most weights of a block are tiny beside its absmax. That is where NF4's levels are dense: "
+         "its lead over even steps grows.",
+    "c": "Even weights want even steps. NF4 spends its levels near zero, where these weights are no more frequent than "
+         "elsewhere, and leaves wide gaps at the ends.",
+    "d": "Trained weights turn out to be nearly normal, block by block, and NF4 is ahead on them.",
+})
+
+
+def blocks_and_levels(seed: int) -> tuple:
+    block = (64, 16, 32, 8)[seed % 4]
+    levels = (torch.rand(4 + 2 * seed) * 2 - 1).sort().values  # (k,)
+    levels[0], levels[-1] = -1, 1
+    weight = torch.randn(3 + seed, block) * torch.tensor([1.0, -3.0, 0.2, 7.0, 0.5, 2.0])[:3 + seed, None]
+    weight[:, 1] = -3.5 * weight.abs().amax(1)  # the largest magnitude is negative
+    return weight.flatten(), levels, block
+
+
+def one_by_one(weight, levels, block):
+    codes, tops, values = [], [], weight.tolist()
+    for start in range(0, len(values), block):
+        top = max(max(values[start:start + block]), -min(values[start:start + block]))
+        tops.append(top)
+        for w in values[start:start + block]:
+            distances = [abs(w - level * top) for level in levels.tolist()]
+            codes.append(distances.index(min(distances)))
+    return torch.tensor(codes), torch.tensor(tops)
+
+
+def with_tops(tops, find=lambda x, levels: (x[..., None] - levels).abs().argmin(-1)):
+    """A wrong answer: other constants for the blocks, or another way to a code."""
+    def wrong(weight, levels, block):
+        top = tops(weight.view(-1, block))  # (b, 1)
+        return find(weight.view(len(top), -1) / top, levels).flatten(), top.flatten()
+    return wrong
+
+
+def absmax(blocks):
+    return blocks.abs().amax(1, keepdim=True)
+
+
+def undivided(weight, levels, block):
+    return (weight[:, None] - levels).abs().argmin(-1), absmax(weight.view(-1, block)).flatten()
+
+
+def strided(weight, levels, block):
+    columns = weight.view(block, -1)
+    top = columns.abs().amax(0)
+    return (columns.div(top)[..., None] - levels).abs().argmin(-1).flatten(), top
+
+
+def values_of(weight, levels, block):
+    codes, top = one_by_one(weight, levels, block)
+    return levels[codes], top
+
+
+def codes_and_tops(result, *arguments):
+    codes, top = result
+    return {"codes": codes.flatten() if codes.is_floating_point() else codes.flatten().long(), "absmax": top.flatten()}
+
+
+quantise = Exercise(
+    "quantise", one_by_one, blocks_and_levels,
+    [(with_tops(lambda blocks: blocks.abs().amax().view(1, 1)),
+      "one absmax for the whole tensor: each block has its own, so that one outlier spoils no more than its block"),
+     (with_tops(lambda blocks: blocks.amax(1, keepdim=True)),
+      "the largest weight is not the largest magnitude: a block's absmax may be that of a negative weight"),
+     (with_tops(lambda blocks: blocks.std(1, keepdim=True)),
+      "divided by the standard deviation: then weights land outside of [-1, 1], where there are no levels; divide by "
+      "the largest magnitude"),
+     (undivided, "the levels lie between -1 and 1: divide each weight by its block's absmax before you look for one"),
+     (with_tops(absmax, lambda x, levels: torch.searchsorted(levels, x, right=True) - 1),
+      "that is the level below the weight; the nearest may be the one above"),
+     (with_tops(absmax, lambda x, levels: torch.searchsorted(levels, x)),
+      "that is the level above the weight; the nearest may be the one below"),
+     (strided, "a block is a run of neighbouring weights: view(-1, block), one block a row"),
+     (values_of, "these are the levels themselves: a code is the number of the level, from 0 on")],
+    observe=codes_and_tops)
+
+
+def draw_codes(seed: int) -> tuple:
+    return (torch.randint(0, 16, (6 + 8 * seed,)).to(torch.uint8),)
+
+
+def in_hexadecimal(codes):
+    digits = "".join(f"{code:x}" for code in codes.tolist())
+    return torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8)
+
+
+pack = Exercise(
+    "pack", in_hexadecimal, draw_codes,
+    [(lambda codes: codes[1::2] * 16 + codes[::2],
+      "the other way round: the first of two codes goes into the high half"),
+     (lambda codes: codes[:len(codes) // 2] * 16 + codes[len(codes) // 2:],
+      "two neighbours share a byte: pair codes[0] with codes[1], not with the one half the tensor away"),
+     (lambda codes: codes[::2] + codes[1::2], "the two codes lie on top of each other: move the first up by 4 bits"),
+     (lambda codes: codes[::2] * 15 + codes[1::2], "a half byte counts from 0 to 15, so it has 16 values: times 16"),
+     (lambda codes: (codes[::2] << 8) | codes[1::2],
+      "the first code is lost: a byte has 8 bits, so moved up by 8 it falls out at the top; move it by 4"),
+     (lambda codes: codes[::2].long() * 16 + codes[1::2],
+      "the numbers are right, but in int64 each takes 8 bytes: the result must be uint8"),
+     (lambda codes: codes, "that is still one code a byte; the result is half as long")])
+
+
+def draw_sizes(seed: int) -> tuple:
+    return (4, 3, 2, 8)[seed % 4], (64, 32, 128, 16)[seed % 4], (8, 16, 8, 6)[seed % 4], (256, 64, 128, 32)[seed % 4]
+
+
+def counted(code_bits, block, absmax_bits, absmax_block):
+    """All that is stored of absmax_block blocks, over their weights."""
+    weights = block * absmax_block
+    return float(Fraction(code_bits * weights + absmax_bits * absmax_block + 32, weights))
+
+
+bits_a_weight = Exercise(
+    "bits_a_weight", counted, draw_sizes,
+    [(lambda c, b, a, s: c + a / b, "the scales are missing: one of 32 bits for every absmax_block absmax"),
+     (lambda c, b, a, s: c + 32 / b, "that is without double quantisation, with an absmax in 32 bits"),
+     (lambda c, b, a, s: c + 32 / b + a / (b * s),
+      "the two are swapped: an absmax takes absmax_bits, and the scale of many absmax takes 32"),
+     (lambda c, b, a, s: c + a / b + 32 / s,
+      "a scale serves absmax_block absmax, and each of those serves block weights: block * absmax_block in all"),
+     (lambda c, b, a, s: c + a / b + 4 / (b * s), "the scale is counted in bytes: 4 bytes are 32 bits"),
+     (lambda c, b, a, s: (c + a / b + 32 / (b * s)) / 8, "these are bytes; the question is how many bits"),
+     (lambda c, b, a, s: c + a + 32,
+      "a block's absmax is stored once, so each weight of the block bears a part of it")],
+    observe=lambda result, *_: float(result))

@@ -1,0 +1,122 @@
+"""Wrong answers to the exercises of notebook 10, as learners may write them, and a part of what each must be told."""
+
+import torch
+
+
+def whole_tensor(weight, levels, block):
+    top = weight.abs().max()
+    return ((weight / top)[:, None] - levels[None]).abs().min(1).indices, top
+
+
+def signed_max(weight, levels, block):
+    top = weight.reshape(-1, block).max(dim=1).values
+    scaled = weight.reshape(-1, block) / top[:, None]
+    return torch.argmin((scaled.reshape(-1, 1) - levels).abs(), dim=1), top
+
+
+def by_std(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    return ((rows / rows.std(1)[:, None]).reshape(-1, 1) - levels).abs().argmin(1), rows.std(1)
+
+
+def not_divided(weight, levels, block):
+    codes = torch.stack([(w - levels).abs().argmin() for w in weight])
+    return codes, weight.abs().reshape(-1, block).max(1).values
+
+
+def level_below(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    top = rows.abs().max(1, keepdim=True).values
+    return torch.bucketize(rows / top, levels, right=True).sub(1).reshape(-1), top.squeeze(1)
+
+
+def level_above(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    top = rows.abs().max(1, keepdim=True).values
+    return torch.bucketize(rows / top, levels), top
+
+
+def every_so_many(weight, levels, block):
+    columns = weight.reshape(block, -1)
+    top = columns.abs().max(0).values
+    return ((columns / top).reshape(-1, 1) - levels).abs().argmin(1), top
+
+
+def the_levels(weight, levels, block):
+    rows = weight.reshape(-1, block)
+    top = rows.abs().max(1).values
+    return levels[((rows / top[:, None]).reshape(-1, 1) - levels).abs().argmin(1)], top
+
+
+def low_first(codes):
+    return codes[0::2] | (codes[1::2] << 4)
+
+
+def two_halves(codes):
+    first, second = codes.chunk(2)
+    return (first << 4) | second
+
+
+def no_shift(codes):
+    return codes.view(-1, 2).sum(1).to(torch.uint8)
+
+
+def fifteen(codes):
+    return torch.tensor([15 * a + b for a, b in codes.view(-1, 2).tolist()], dtype=torch.uint8)
+
+
+def eight(codes):
+    pairs = codes.view(-1, 2)
+    return (pairs[:, 0] << 8) + pairs[:, 1]
+
+
+def wide(codes):
+    pairs = codes.view(-1, 2).long()
+    return pairs[:, 0] * 16 + pairs[:, 1]
+
+
+def one_a_byte(codes):
+    return codes.clone()
+
+
+def first_level_only(code_bits, block, absmax_bits, absmax_block):
+    return (code_bits * block + absmax_bits) / block
+
+
+def single(code_bits, block, absmax_bits, absmax_block):
+    return (code_bits * block + 32) / block
+
+
+def swapped(code_bits, block, absmax_bits, absmax_block):
+    return code_bits + 32 / block + absmax_bits / block / absmax_block
+
+
+def one_block_per_scale(code_bits, block, absmax_bits, absmax_block):
+    return code_bits + absmax_bits / block + 32 / absmax_block
+
+
+def scale_in_bytes(code_bits, block, absmax_bits, absmax_block):
+    return code_bits + absmax_bits / block + 4 / block / absmax_block
+
+
+def in_bytes(code_bits, block, absmax_bits, absmax_block):
+    return code_bits / 8 + absmax_bits / 8 / block + 4 / block / absmax_block
+
+
+def not_shared(code_bits, block, absmax_bits, absmax_block):
+    return code_bits + absmax_bits + 32
+
+
+WRONG = {
+    "quantise": [
+        (whole_tensor, "the whole tensor"), (signed_max, "not the largest magnitude"), (by_std, "standard deviation"),
+        (not_divided, "divide each weight"), (level_below, "the level below"), (level_above, "the level above"),
+        (every_so_many, "neighbouring weights"), (the_levels, "the levels themselves")],
+    "pack": [
+        (low_first, "the high half"), (two_halves, "two neighbours"), (no_shift, "on top of each other"),
+        (fifteen, "times 16"), (eight, "falls out at the top"), (wide, "must be uint8"), (one_a_byte, "half as long")],
+    "bits_a_weight": [
+        (first_level_only, "the scales are missing"), (single, "without double quantisation"), (swapped, "swapped"),
+        (one_block_per_scale, "a scale serves"), (scale_in_bytes, "counted in bytes"), (in_bytes, "these are bytes"),
+        (not_shared, "bears a part of it")],
+}
