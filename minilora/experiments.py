@@ -10,8 +10,11 @@ import copy
 import itertools
 import json
 import platform
+import random
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,12 +22,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .adapters import load_adapter, save_adapter
 from .config import LoRAConfig
-from .desk import DATA, batches, evaluate, load_base, load_task
+from .desk import DATA, TASKS, batches, evaluate, load_base, load_task
 from .distributed import WAYS, Wire, first, many
 from .insert import inject
 from .llama import Llama
 from .quant import BLOCK, nf4_levels, quantise_model
+from .insert import inject, merge
+from .llama import Llama, LlamaConfig
 from .train import Log, train
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -88,6 +94,79 @@ def targets() -> list[dict]:
         rows.append({"task": task, "targets": name, "rank": rank, "seed": seed, "trained": run.log.trained,
                      "loss": round(run.loss, 4), "exact": run.exact})
     return rows
+
+
+@sweep
+def adapters() -> list[dict]:
+    """Notebooks 08, 09 and 13: five small adapters, written to data/adapters/, each scored on its own task and base."""
+    rows = []
+    for name, base in tqdm((("tone", "base"), ("ticket", "base"), ("catalogue", "base"), ("cipher", "base"),
+                            ("tone_early", "base_early"))):
+        run = adapt(name.removesuffix("_early"), LoRAConfig(2, 4, ATTENTION + MLP), base=base)
+        save_adapter(run.model, DATA / "adapters" / name)
+        rows.append({"adapter": name, "base": base, "rank": 2, "trained": run.log.trained, "loss": round(run.loss, 4),
+                     "exact": run.exact})
+    return rows
+
+
+def next_base() -> Llama:
+    """The base's next version, as a desk may make one: 20 steps of full fine-tuning on the catalogue."""
+    return adapt("catalogue", steps=20).model
+
+
+@sweep
+def combinations() -> list[dict]:
+    """Notebook 09: the base alone ("none") and every adapter of data/adapters/, on every base and every task."""
+    rows, bases = [], {"base": load_base(), "base_next": next_base(), "base_early": load_base("base_early")}
+    shelf = ("none", *(row["adapter"] for row in measured("adapters")["rows"]))
+    for base, adapter, task in grid(bases, shelf, TASKS):
+        model = copy.deepcopy(bases[base])
+        if adapter != "none":
+            load_adapter(model, DATA / "adapters" / adapter, any_base=True)
+        loss, exact = evaluate(model, load_task(task).test)
+        rows.append({"base": base, "adapter": adapter, "task": task, "loss": round(loss, 4), "exact": exact})
+    return rows
+
+
+SHAPES = {"one token": ("help-desk", 1, 1), "a message": ("help-desk", 1, 64), "32 messages": ("help-desk", 32, 64),
+          "one token, wider": ("wider", 1, 1), "a message, wider": ("wider", 1, 64)}
+
+
+@sweep
+def latency() -> list[dict]:
+    """Notebook 08: a forward pass with LoRA on all linears, beside and merged, in multiples of the base's time."""
+    return [merged_latency(name, rounds=101) for name in tqdm(SHAPES)]
+
+
+def merged_latency(shape: str, rounds: int) -> dict:
+    """One row of `latency`: median seconds of a forward pass, in multiples of the base's. The models take turns, so that
+    other work on the machine falls on all alike; "base again" shows what is noise."""
+    kind, batch, seq = SHAPES[shape]
+    wide = LlamaConfig(730, 768, 2048, 4, 12, tie_word_embeddings=True)
+    models = {name: load_base() if kind == "help-desk" else Llama(wide, seed=0)
+              for name in ("base", "base again", "beside", "merged", "merged for good")}
+    for name in ("beside", "merged", "merged for good"):
+        inject(models[name], LoRAConfig(8, 16, ATTENTION + MLP))
+    merge(models["merged"])
+    merge(models["merged for good"], permanent=True)
+    ids = torch.arange(batch * seq).view(batch, seq) % 730  # (B, T)
+    seconds = interleaved({name: lambda model=model: model(ids) for name, model in models.items()}, rounds)
+    ratios = {name: round(s / seconds["base"], 3) for name, s in seconds.items() if name != "base"}
+    return {"shape": shape, "batch": batch, "tokens": seq} | ratios
+
+
+@torch.no_grad()
+def interleaved(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Median processor seconds of each call; they run in turn, in an order drawn anew each round (two to warm up)."""
+    seconds, order = {name: [] for name in calls}, list(calls)
+    for i in range(rounds + 2):
+        random.Random(i).shuffle(order)
+        for name in order:
+            start = time.process_time()
+            calls[name]()
+            if i >= 2:
+                seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(s) for name, s in seconds.items()}
 
 
 @sweep
