@@ -17,6 +17,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -27,6 +30,11 @@ from .config import LoRAConfig
 from .desk import DATA, TASKS, batches, evaluate, load_base, load_task
 from .distributed import WAYS, Wire, first, many
 from .insert import inject
+from .adapters import fingerprint, load_adapter, save_adapter
+from .config import LoRAConfig
+from .desk import DATA, batches, evaluate, load_base, load_task, tokenizer
+from .family import IA3, BitFit, BottleneckAdapters, Method, PrefixTuning, PromptTuning, insert
+from .insert import lora_layers, merge
 from .llama import Llama
 from .quant import BLOCK, nf4_levels, quantise_model
 from .insert import inject, merge
@@ -48,15 +56,17 @@ class Run:
     exact: float
 
 
-def adapt(task: str, config: LoRAConfig | None = None, *, base: str | nn.Module = "base", steps: int = 150,
-          lr: float | None = None, batch: int = 32, seed: int = 0, on_step: Callable | None = None) -> Run:
+def adapt(task: str, config: LoRAConfig | Method | None = None, *, base: str | nn.Module = "base", steps: int = 150,
+          lr: float | None = None, batch: int = 32, seed: int = 0, on_step: Callable | None = None,
+          prepare: Callable[[nn.Module], None] | None = None) -> Run:
     """Fine-tune a copy of the base on a task's train file and score it on its test file.
 
     Args:
-        config: the LoRA to inject; None trains every weight.
+        config: the LoRA, or its relative, to insert; None trains every weight.
         base: a base's name, "random" (its shape, fresh weights), or a model, which is left alone.
         lr: the peak learning rate; None takes that of `LR`.
         seed: of the order of the batches, the adapter's start and dropout.
+        prepare: called with the model when it is about to train.
     """
     if isinstance(base, nn.Module):
         model = copy.deepcopy(base)
@@ -66,7 +76,9 @@ def adapt(task: str, config: LoRAConfig | None = None, *, base: str | nn.Module 
     if config is None:
         model.requires_grad_(True)
     else:
-        inject(model, config)
+        insert(model, config)
+    if prepare is not None:
+        prepare(model)
     data = load_task(task)
     log = train(model, batches(data.train, batch, seed), steps=steps, seed=seed, on_step=on_step, progress=False,
                 lr=lr or LR["full" if config is None else "lora"])
@@ -269,6 +281,178 @@ def record(name: str, rows: list[dict], command: str) -> None:
     head = json.dumps({"command": command, "machine": machine})[:-1]
     (DATA / "measured").mkdir(exist_ok=True)
     (DATA / "measured" / f"{name}.json").write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
+
+
+# ---------------------------------------------------------------- notebook 07: faults and their symptoms
+
+EVERYWHERE = ATTENTION + MLP
+HEALTHY = LoRAConfig(8, 16, EVERYWHERE)
+
+
+def zero_A(model: nn.Module) -> None:
+    for layer in lora_layers(model).values():
+        nn.init.zeros_(layer.lora_A)
+
+
+def unfreeze(model: nn.Module) -> None:
+    model.requires_grad_(True)
+
+
+def forget_alpha(folder: Path) -> None:
+    """Drop alpha from an adapter's file; every reader then takes PEFT's default of 8."""
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    del settings["lora_alpha"]
+    path.write_text(json.dumps(settings))
+
+
+FAULTS = {  # what differs from the healthy run: arguments of `examine`
+    "healthy": {},
+    "rank": {"config": LoRAConfig(1, 2, EVERYWHERE)},
+    "modules": {"config": LoRAConfig(8, 16, ("q_proj",))},
+    "base": {"base": "base_early"},
+    "zeros": {"prepare": zero_A},
+    "unfrozen": {"prepare": unfreeze},
+    "scale": {"spoil": forget_alpha},
+}
+
+
+def examine(task: str = "catalogue", config: LoRAConfig = HEALTHY, *, base: str = "base",
+            prepare: Callable[[nn.Module], None] | None = None, spoil: Callable[[Path], None] | None = None,
+            steps: int = 100, seed: int = 0) -> dict:
+    """Train an adapter, save it, load it on a fresh base, and note what a doctor would ask for.
+
+    Args:
+        prepare: as in `adapt`.
+        spoil: called with the adapter's folder after it was saved.
+
+    Returns:
+        modules, trained: adapted modules, trained parameters.
+        loss: of every step, nats a token.
+        grad_A, grad_B: mean over the steps of the gradient's norm over all A, over all B, before clipping.
+        update: mean over the modules of ||s B A||_F / ||W||_F.
+        base_changed: whether the trained model's base has another fingerprint than before.
+        exact: of the model as trained, on the test file. served: of the file loaded on a fresh base.
+        base_exact: of the base on the general test file.
+    """
+    norms = []
+
+    def watch(step: int, model: nn.Module, log: Log) -> None:
+        unclip = max(1.0, log.grad_norm[-1])  # train clips at 1
+        layers = lora_layers(model).values()
+        norms.append([unclip * nn.utils.get_total_norm([getattr(layer, which).grad for layer in layers]).item()
+                      for which in ("lora_A", "lora_B")])
+
+    fresh = load_base(base)
+    run = adapt(task, config, base=base, steps=steps, seed=seed, prepare=prepare, on_step=watch)
+    with torch.no_grad():
+        layers = lora_layers(run.model).values()
+        moved = [layer.scaling * (layer.lora_B @ layer.lora_A).norm() / layer.weight.norm() for layer in layers]
+    noted = {"modules": len(layers), "trained": run.log.trained, "loss": run.log.loss,
+             "grad_A": sum(a for a, _ in norms) / steps, "grad_B": sum(b for _, b in norms) / steps,
+             "update": torch.stack(moved).mean().item(), "base_changed": fingerprint(run.model) != fingerprint(fresh),
+             "exact": run.exact, "base_exact": evaluate(fresh, load_task("general").test).exact}
+    with TemporaryDirectory() as folder:
+        save_adapter(run.model, folder)
+        if spoil is not None:
+            spoil(Path(folder))
+        noted["served"] = evaluate(load_adapter(fresh, folder, any_base=True), load_task(task).test).exact
+    return noted
+
+
+@sweep
+def faults() -> list[dict]:
+    """Notebook 07: the healthy run and each fault, as `examine` sees them; the loss of every fifth step."""
+    rows = []
+    for (name, differs), seed in grid(FAULTS.items(), range(2)):
+        noted = examine(**differs, seed=seed)
+        noted["loss"] = noted["loss"][::5] + noted["loss"][-1:]
+        rows.append({"fault": name, "seed": seed} | rounded(noted))
+    return rows
+
+
+@sweep
+def barely_moved() -> list[dict]:
+    """Notebook 07: the three checks of "we used LoRA and quality barely moved": base fit, rank and placement on tone.
+
+    The same checks on the catalogue are among `faults`; here are the ranks between.
+    """
+    config = {name: differs.get("config", HEALTHY) for name, differs in FAULTS.items()}
+    runs = [("tone", "healthy", "base"), ("tone", "base", "base_early"), ("tone", "rank", "base"),
+            ("tone", "modules", "base")]
+    runs = [(task, name, base, config[name]) for task, name, base in runs]
+    runs += [("catalogue", f"rank {r}", "base", LoRAConfig(r, 2 * r, EVERYWHERE)) for r in (2, 4)]
+    rows = []
+    for task, name, base, lora in tqdm(runs):
+        run = adapt(task, lora, base=base, steps=100)
+        rows.append(rounded({"task": task, "run": name, "trained": run.log.trained,
+                             "loss": run.loss, "exact": run.exact}))
+    return rows
+
+
+# ---------------------------------------------------------------- notebook 12: LoRA and its relatives
+
+FAMILY = {  # name -> method, and the peak learning rates to try
+    "full": (None, (LR["full"],)),
+    "LoRA, rank 8": (HEALTHY, (LR["lora"],)),
+    "LoRA, rank 1, q and v": (LoRAConfig(1, 2, ("q_proj", "v_proj")), (1e-2, 3e-2)),
+    "prompt": (PromptTuning(20), (1e-2, 3e-2, 1e-1)),
+    "prefix": (PrefixTuning(20), (1e-2, 3e-2, 1e-1)),
+    "(IA)3": (IA3(), (1e-2, 3e-2, 1e-1)),
+    "bottleneck": (BottleneckAdapters(8), (1e-3, 3e-3, 1e-2)),
+    "BitFit": (BitFit(add=True), (3e-3, 1e-2, 3e-2)),
+}
+
+
+@sweep
+def family() -> list[dict]:
+    """Notebook 12: each member of the family on the catalogue at each of its rates, then on tone at the one that fitted
+    the catalogue's train file best.
+
+    train: mean loss of the last ten steps. A rate chosen by it has not seen the test file.
+    """
+    rows: list[dict] = []
+
+    def one(task: str, name: str, lr: float) -> None:
+        run = adapt(task, FAMILY[name][0], lr=lr, steps=60)
+        rows.append(rounded({"task": task, "method": name, "lr": lr, "trained": run.log.trained,
+                             "train": sum(run.log.loss[-10:]) / 10, "loss": run.loss, "exact": run.exact}))
+
+    for name, lr in tqdm([(name, lr) for name, (_, rates) in FAMILY.items() for lr in rates]):
+        one("catalogue", name, lr)
+    for name in tqdm(FAMILY):
+        one("tone", name, min((r for r in rows if r["method"] == name), key=lambda r: r["train"])["lr"])
+    return rows
+
+
+@sweep
+def family_latency() -> list[dict]:
+    """Notebook 12: what each member adds to a reply of 32 tokens to one customer, in CPU time of one thread.
+
+    All take turns, and each is given by the ratio of its median to the base's: "again" is the base once more.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    models = {"base": load_base(), "again": load_base()}
+    models |= {name: insert(load_base(), method) for name, (method, _) in FAMILY.items() if method}
+    models["LoRA, rank 8, merged"] = insert(load_base(), HEALTHY)
+    merge(models["LoRA, rank 8, merged"], permanent=True)
+    ids = torch.tensor([tokenizer().encode(load_task("tone").test[0].prompt)])  # (1, T)
+    seconds = {name: [] for name in models}
+    for _ in tqdm(range(40)):
+        for name, model in models.items():
+            start = time.process_time()
+            model.generate(ids, 32)
+            seconds[name].append(time.process_time() - start)
+    torch.set_num_threads(threads)
+    base = median(seconds["base"][3:])  # the first ones warm up
+    return [{"method": name, "ratio": round(median(times[3:]) / base, 3)} for name, times in seconds.items()]
+
+
+def rounded(row: dict, digits: int = 4) -> dict:
+    """A row with its floats, also those in lists, rounded for a file."""
+    return {key: [round(x, digits) for x in value] if isinstance(value, list) else
+            round(value, digits) if isinstance(value, float) else value for key, value in row.items()}
 
 
 if __name__ == "__main__":

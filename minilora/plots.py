@@ -194,3 +194,53 @@ def levels(values: Sequence[float], kinds: Mapping[str, Sequence[float]], *, tit
     counts = " and ".join(f"{int((np.abs(at) < within).sum())} of {len(at)} levels of {name}"
                           for name, at in kinds.items())
     return fig, f"{near:.0%} of the weights are nearer to zero than {within:g} of their absmax; so are {counts}"
+# ---------------------------------------------------------------- notebook 07
+
+
+def symptom_grid(cells: Mapping[str, Mapping[str, tuple[str, bool]]], *, title: str) -> tuple[Figure, str]:
+    """fault -> symptom -> (what was seen, whether it is out of order), as cells; dark is out of order."""
+    rows, columns = list(cells), list(next(iter(cells.values())))
+    odd = np.array([[cells[row][column][1] for column in columns] for row in rows])
+    fig, axes = canvas(title, "symptom", "fault", width=1.6 + 0.66 * len(columns), height=1.4 + 0.3 * len(rows))
+    axes.imshow(0.7 * odd, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            axes.text(j, i, cells[row][column][0], ha="center", va="center", fontsize=8,
+                      color="white" if odd[i, j] else "black")
+    axes.set_xticks(range(len(columns)), columns, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(np.arange(0.5, len(columns) - 1), minor=True)
+    axes.set_yticks(np.arange(0.5, len(rows) - 1), minor=True)
+    axes.grid(visible=False)
+    axes.grid(which="minor", color="#7d7d7d", alpha=1)
+    axes.tick_params(which="minor", length=0)
+    apart = len({tuple(row) for row in odd.tolist()}) == len(rows)
+    counts = "; ".join(f"{row}: {n} of {len(columns)}" for row, n in zip(rows, odd.sum(1).tolist()))
+    return fig, f"out of order: {counts}. Every row darkens other cells: {apart}."
+
+
+# ---------------------------------------------------------------- notebook 12
+
+
+def tradeoff(sizes: Mapping[str, int], quality: Mapping[str, Mapping[str, float]], notes: Mapping[str, str], *,
+             title: str, ylabel: str) -> tuple[Figure, str]:
+    """Quality against trained parameters (logarithmic), one panel a task.
+
+    Args:
+        sizes: method -> trained parameters.
+        quality: task -> method -> how good, higher is better.
+        notes: method -> what the legend says behind its name.
+    """
+    fig = Figure(figsize=(3.4 * len(quality) + 2.8, 3.6))
+    panels = fig.subplots(1, len(quality), sharey=True, squeeze=False)[0]
+    for axes, (task, values) in zip(panels, quality.items()):
+        for i, name in enumerate(sizes):
+            axes.plot(sizes[name], values[name], linestyle="none", marker="os^Dv*Xp"[i % 8], markersize=9,
+                      color=SHADES[i % 5], markeredgecolor="black", label=f"{name}: {notes[name]}")
+        axes.set(xscale="log", title=task, xlabel="trained parameters")
+    panels[0].set_ylabel(ylabel)
+    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    fig.suptitle(title, y=1.02)
+    order = {task: sorted(values, key=values.get, reverse=True) for task, values in quality.items()}
+    return fig, " ".join(f"{task}, from the best: {', '.join(f'{n} {quality[task][n]:.0f}' for n in names)}."
+                         for task, names in order.items())

@@ -1,0 +1,228 @@
+"""Notebook 07: a healthy start, a frozen base, a diagnosis; predictions about symptoms; six patients."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import Exercise, Prediction
+
+# ---------------------------------------------------------------- healthy_start
+
+
+def factors(seed: int) -> tuple:
+    """A (r, d_in) and B (d_out, r), in turn: as LoRA starts, both zero, neither, as an embedding starts, both random
+    with a product of zero."""
+    rank, d_in, d_out = 2 + seed % 3, 5 + seed, 4 + seed
+    A, B = torch.randn(rank, d_in), torch.randn(d_out, rank)
+    if seed == 4:
+        A[0], B[:, 1:] = 0, 0
+    return A * (seed not in (1, 3)), B * (seed not in (0, 1))
+
+
+def started(A, B):
+    if torch.count_nonzero(torch.einsum("or,ri->oi", B, A)):
+        return "not the base"
+    # the gradient of A is B^T (...) and that of B is (...) A^T: one nonzero factor keeps the other one alive
+    return "healthy" if A.abs().sum() + B.abs().sum() > 0 else "never moves"
+
+
+healthy_start = Exercise(
+    "healthy_start", started, factors,
+    [(lambda A, B: "healthy" if not (B @ A).any() else "not the base",
+      "a product of zero is not enough: with A and B both zero neither has a gradient, and the adapter never moves"),
+     (lambda A, B: "healthy" if not B.any() else "not the base",
+      "B of zeros says nothing about A: if both are zero, neither has a gradient"),
+     (lambda A, B: "never moves" if not A.any() and not B.any() else "healthy" if not B.any() else "not the base",
+      "it need not be B that is zero: LoRA on an embedding starts from A = 0. What counts is the product B A"),
+     (lambda A, B: "never moves" if not A.any() or not B.any() else "not the base",
+      "one zero factor is the healthy start: its gradient is made by the other factor, which is not zero"),
+     (lambda A, B: "never moves" if not (A.any() or B.any()) else "not the base" if A.any() and B.any() else "healthy",
+      "two nonzero factors may still have a product of zero: form B @ A and look"),
+     (lambda A, B: "healthy" if not A.any() and not B.any() else "not the base" if (B @ A).any() else "never moves",
+      "the wrong way round: both zero never moves, one zero is healthy"),
+     (lambda A, B: "healthy" if (B @ A).any() else "never moves",
+      "a product that is not zero changes the model before the first step: not the base"),
+     (lambda A, B: started(A, B) == "healthy", "return one of the three words, not True or False")],
+    rounds=5)
+
+
+# ---------------------------------------------------------------- is_frozen
+
+
+class Layer(nn.Module):
+    """As minilora's LoRA layer is named."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Linear(3, 3)
+        self.lora_A, self.lora_B = nn.Parameter(torch.ones(1, 3)), nn.Parameter(torch.zeros(3, 1))
+
+
+def frozen_or_not(seed: int) -> tuple:
+    """In turn: as it should be; a base's bias trains; a norm trains; a module with an adapter's name trains; an adapter
+    is frozen; as it should be, before the first backward pass."""
+    model = nn.ModuleDict({"q_proj": Layer(), "norm": nn.LayerNorm(3), "lora_Annex": nn.Linear(3, 3),
+                           "v_proj": Layer()})
+    model.requires_grad_(False)
+    for name in ("q_proj", "v_proj"):
+        model[name].lora_A.requires_grad_(True)
+        model[name].lora_B.requires_grad_(True)
+    leaks = {1: model["v_proj"].base_layer.bias, 2: model["norm"].weight, 3: model["lora_Annex"].weight}
+    if seed in leaks:
+        leaks[seed].requires_grad_(True)
+    model["v_proj"].lora_B.requires_grad_(seed != 4)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad and seed != 5 else None
+    return (model,)
+
+
+def trains_just_adapters(model):
+    wanted = {f"{name}.{part}" for name, module in model.named_modules() if hasattr(module, "base_layer")
+              for part in ("lora_A", "lora_B")}
+    return {name for name, p in model.named_parameters() if p.requires_grad} == wanted
+
+
+def own(name):
+    return name.split(".")[-1] in ("lora_A", "lora_B")
+
+
+def judged(looked_at, mine=own):
+    """An answer that looks at some names only."""
+    return lambda model: all(p.requires_grad == mine(name) for name, p in model.named_parameters() if looked_at(name))
+
+
+is_frozen = Exercise(
+    "is_frozen", trains_just_adapters, frozen_or_not,
+    [(judged(lambda name: True, lambda name: "lora_" in name),
+      "lora_ somewhere in a name is not enough: lora_Annex.weight belongs to the base. Look at the name's last part"),
+     (judged(lambda name: not own(name)),
+      "an adapter that does not train is a fault too: every lora_A and lora_B must train"),
+     (judged(own), "every adapter trains, but so may the base: nothing else may have requires_grad"),
+     (lambda model: any(not p.requires_grad for name, p in model.named_parameters() if not own(name)),
+      "one frozen weight is not a frozen base: all of them, not any"),
+     (lambda model: all((p.grad is not None) == own(name) for name, p in model.named_parameters()),
+      "grad says what a backward pass has left, and before the first it is None everywhere: ask requires_grad"),
+     (judged(lambda name: name.endswith("weight") or own(name)),
+      "a base has more than weights: a bias that trains is a leak too"),
+     (judged(lambda name: "base_layer" in name or own(name)),
+      "not only the base_layer inside an adapter can leak: norms, embeddings and other modules must be frozen too")],
+    rounds=6)
+
+
+# ---------------------------------------------------------------- diagnose
+
+PLANNED = 28  # modules of the base that the config was meant to reach
+WAYS = ("healthy", "rank", "modules", "base", "zeros", "unfrozen", "scale", "unfrozen", "rank", "modules", "base")
+
+
+def reports(seed: int) -> tuple:
+    """A report like those of `experiments.examine`; the second of a fault is a case that a short cut gets wrong."""
+    way, again = WAYS[seed], seed >= 7
+    vary = torch.rand(6).mul(0.2).add(0.9).tolist()
+    seen = {"modules": PLANNED, "planned": PLANNED, "grad_A": 0.4 * vary[0], "grad_B": 0.5 * vary[1],
+            "update": 0.12 * vary[2], "base_changed": False, "base_exact": 0.955, "exact": 0.99, "served": 0.99}
+    seen |= {
+        "healthy": {},
+        "rank": {"exact": 0.25 + 0.5 * (not again), "served": 0.25 + 0.5 * (not again)},
+        "modules": {"modules": 4, "exact": 0.2, "served": 0.2} if not again else
+                   {"modules": 14, "exact": 0.6, "served": 0.6},
+        "base": {"base_exact": 0.0, "exact": 0.1, "served": 0.1} if not again else
+                {"base_exact": 0.3, "exact": 0.4, "served": 0.4, "grad_A": 2.5, "grad_B": 3.0},
+        "zeros": {"grad_A": 0.0, "grad_B": 0.0, "update": 0.0, "exact": 0.0, "served": 0.0},
+        "unfrozen": {"base_changed": True, "exact": 0.98, "served": 0.0} if not again else
+                    {"base_changed": True, "exact": 0.05, "served": 0.0},
+        "scale": {"served": 0.3},
+    }[way]
+    return (seen,)
+
+
+def named(report):
+    rules = {
+        "zeros": max(report["grad_A"], report["grad_B"]) == 0,
+        "unfrozen": report["base_changed"],
+        "scale": report["exact"] >= 0.9 > report["served"],
+        "healthy": min(report["exact"], report["served"]) >= 0.9,
+        "base": report["base_exact"] < 0.9,
+        "modules": report["modules"] != report["planned"],
+    }
+    return next((fault for fault, holds in rules.items() if holds), "rank")
+
+
+def told_apart_without(**forced):
+    """A diagnosis that does not look at some entries: it takes them as given here."""
+    return lambda report: named(report | forced)
+
+
+diagnose = Exercise(
+    "diagnose", named, reports,
+    [(told_apart_without(base_changed=False),
+      "a base that changed was not noticed: look at base_changed before you judge what was served"),
+     (lambda report: named(report | {"served": report["exact"]}),
+      "an adapter that is right in training and wrong when served has lost its scale: compare served with exact"),
+     (told_apart_without(base_exact=1.0),
+      "a base that cannot do its own job was taken for something else: look at base_exact before the rank"),
+     (told_apart_without(modules=PLANNED),
+      "fewer modules than planned, and yet not called modules: compare modules with planned"),
+     (told_apart_without(grad_A=1.0),
+      "two gradients of exactly zero are both matrices zero: nothing else stops both"),
+     (lambda report: "unfrozen" if report["base_changed"] and report["exact"] < 0.9 else
+      named(report | {"base_changed": False}),
+      "an unfrozen base may fit the task very well: base_changed alone says unfrozen, whatever exact says"),
+     (lambda report: "healthy" if report["exact"] >= 0.9 else named(report),
+      "right in training is not yet healthy: what counts is what is served"),
+     (lambda report: named(report) if named(report) in ("zeros", "unfrozen", "scale", "healthy") else "rank",
+      "low exact has more causes than the rank: it comes last, when base and modules are in order"),
+     (lambda report: {"zeros": "both zero"}.get(named(report), named(report)),
+      "return one of the seven words: healthy, rank, modules, base, zeros, unfrozen, scale")],
+    rounds=len(WAYS))
+
+# ---------------------------------------------------------------- predictions
+
+same_curve = Prediction("c", {
+    "a": "A small rank fits less, and the curve says so from early on: it levels out above the healthy one.",
+    "b": "More that trains gives another curve, here a lower one. That is the trap: it looks better than healthy, and "
+         "the adapter's file alone is worthless: most of what was learnt stayed in a base that nobody else has.",
+    "c": "The training knew the scale, the file does not. Every curve, gradient and score taken in training is the "
+         "healthy one to the last digit; only the adapter as it is served, loaded from its file, shows the damage.",
+    "d": "Each gradient is made by the other factor. With both at zero there is none, not at step 0 and not ever.",
+})
+
+rank_one = Prediction("c", {
+    "a": "A near task asks for a choice among what the base can do: one direction a module is enough for most of it.",
+    "b": "What a small rank costs depends on how much there is to learn: the catalogue has to be stored, a style is "
+         "only to be chosen.",
+    "c": "The base can write in styles already. Choosing one takes very few directions, so here the rank is not the "
+         "reason, and raising it would be no cure.",
+})
+
+SIGNS = {  # what each fault shows
+    "rank": "A rank too small keeps everything in order but the size: all modules, both gradients alive, an intact and "
+            "able base, and a loss that levels out too high.",
+    "modules": "Wrong modules show in the count of modules. The few that were reached push far harder than healthy "
+               "ones, to little avail.",
+    "base": "A weak base cannot do its own job. No look at the adapter finds that: you have to test the base alone.",
+    "zeros": "Two matrices of zero have no gradient at all: nothing moves, and the loss stays where it began.",
+    "unfrozen": "An unfrozen base has another fingerprint afterwards. It trains far too many parameters, fits better "
+                "than healthy, and its adapter is worth nothing once it is served on a clean base.",
+    "scale": "A lost scale shows nowhere in training. The model in memory is right and the file is wrong.",
+}
+
+
+@dataclass(frozen=True)
+class Patient(Prediction):
+    """A diagnosis: None for a guess tells the right one alone."""
+
+    def reveal(self, guess: str | None) -> None:
+        super().reveal(self.right if guess is None else guess)
+
+
+patients = {letter: Patient(fault, SIGNS) for letter, fault in
+            zip("ABCDEF", ("unfrozen", "modules", "scale", "zeros", "base", "rank"))}
+
+
+def ward(rows: list[dict]) -> dict[str, dict]:
+    """letter -> the recorded report of that patient (seed 0), without its name."""
+    named = {row["fault"]: row for row in rows if row["seed"] == 0}
+    return {letter: {key: value for key, value in named[patient.right].items() if key != "fault"}
+            for letter, patient in patients.items()}
