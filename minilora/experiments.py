@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import desk
 from .config import LoRAConfig, need
 from .desk import DATA, batches, evaluate, load_base, load_task
 from .insert import inject, lora_layers
@@ -91,8 +90,8 @@ def targets() -> list[dict]:
 
 @sweep
 def race() -> list[dict]:
-    """Notebook 06: full fine-tuning (rank 0 here) and LoRA of three ranks, each at its own learning rates, on a near and
-    a far task. The learning rate is for the validation loss to choose; the test file scores.
+    """Notebook 06: full fine-tuning (here rank 0) and LoRA, each at its own learning rates, on a near and a far task.
+    The validation loss is there to choose the learning rate, the test file to score.
 
     alpha is 32 at every rank, as where the "about ten times" was measured (Schulman et al. 2025).
     """
@@ -117,18 +116,20 @@ def ranks() -> list[dict]:
     optimizers = {"adam": (torch.optim.AdamW, 1e-3), "sgd": (torch.optim.SGD, 0.01)}
     for name, use_rslora, rank, seed in grid(optimizers, (False, True), (1, 4, 16, 64, 256), range(3)):
         optimizer, lr = optimizers[name]
-        log = watched(LoRAConfig(rank, 16, ATTENTION + MLP, use_rslora=use_rslora), optimizer=optimizer, lr=lr, seed=seed)
+        config = LoRAConfig(rank, 16, ATTENTION + MLP, use_rslora=use_rslora)
+        log = watched(config, optimizer=optimizer, lr=lr, seed=seed)
         rows.append({"optimizer": name, "rslora": use_rslora, "rank": rank, "seed": seed}
                     | {what: [float(f"{x:.4g}") for x in values] for what, values in log.items()})
     return rows
 
 
-def watched(config: LoRAConfig, *, steps: int = 11, lr: float = 1e-3, optimizer: type = torch.optim.AdamW, seed: int = 0,
-            base: nn.Module | None = None, batches: Callable | None = None) -> dict[str, list[float]]:
+def watched(config: LoRAConfig, *, steps: int = 11, lr: float = 1e-3, optimizer: type = torch.optim.AdamW,
+            seed: int = 0, base: nn.Module | None = None, data: Callable | None = None) -> dict[str, list[float]]:
     """A short LoRA run at a constant learning rate, without clipping, that logs how loud the adapter is at every step.
 
     Args:
-        base, batches: as of `train`; None takes the pretrained base, which this changes, and `tone` in batches of 16.
+        base: changed in place; None takes the pretrained one.
+        data: step -> (ids, targets), as in `train`; None takes `tone` in batches of 16.
 
     Returns:
         Lists whose entry t is taken after t updates: "loss"; "update", ||s BA||_F over all adapted modules together;
@@ -153,7 +154,7 @@ def watched(config: LoRAConfig, *, steps: int = 11, lr: float = 1e-3, optimizer:
         squares.clear()
 
     hooks = [layer.register_forward_hook(heard) for layer in layers]
-    done = train(model, batches or desk.batches(load_task("tone").train, 16, seed), steps=steps, lr=lr, warmup=0,
+    done = train(model, data or batches(load_task("tone").train, 16, seed), steps=steps, lr=lr, warmup=0,
                  schedule="constant", clip=None, seed=seed, optimizer=optimizer, on_step=on_step, progress=False)
     for hook in hooks:
         hook.remove()
@@ -169,7 +170,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-def twins(base: nn.Module, batches: Callable, config: LoRAConfig, p: float, q: float, *, steps: int = 8, lr: float = 1e-3,
+def twins(base: nn.Module, data: Callable, config: LoRAConfig, p: float, q: float, *, steps: int = 8, lr: float = 1e-3,
           seed: int = 0, eps: float = 1e-30, clip: float | None = None) -> tuple[Log, Log, float]:
     """Two LoRA runs on copies of `base` that Adam cannot tell apart: the second has alpha / (p q), A0 times p, and the
     learning rates p lr for A and q lr for B (Schulman et al. 2025, "LoRA Without Regret").
@@ -189,7 +190,7 @@ def twins(base: nn.Module, batches: Callable, config: LoRAConfig, p: float, q: f
             layer.lora_A.data *= p
         groups = [{"params": [layer.lora_A for layer in layers], "lr": p * lr, "eps": eps},
                   {"params": [layer.lora_B for layer in layers], "lr": q * lr, "eps": eps}]
-        logs.append(train(model, batches, steps=steps, lr=lr, parameters=groups, clip=clip, seed=seed, progress=False))
+        logs.append(train(model, data, steps=steps, lr=lr, parameters=groups, clip=clip, seed=seed, progress=False))
         updates.append([(layer.scaling * layer.lora_B @ layer.lora_A).detach() for layer in layers])
     apart = norm_of_all(a - b for a, b in zip(*updates)) / norm_of_all(updates[0])
     return *logs, apart

@@ -37,7 +37,8 @@ def canvas(title: str, xlabel: str = "", ylabel: str = "", width: float = 6.4, h
 
 
 def lines(x: Sequence, series: Mapping[str, Sequence], *, title: str, xlabel: str, ylabel: str, logx: bool = False,
-          logy: bool = False, dots: Sequence[str] = (), limit: tuple[str, float] | None = None) -> Figure:
+          logy: bool = False, dots: Sequence[str] = (), limit: tuple[str, float] | None = None,
+          bands: Mapping[str, tuple[Sequence, Sequence]] = {}) -> Figure:
     """Curves over a common x.
 
     Args:
@@ -45,12 +46,15 @@ def lines(x: Sequence, series: Mapping[str, Sequence], *, title: str, xlabel: st
         series: label -> values; those named in `dots` are drawn as markers without a line.
         logx, logy: logarithmic axes; x is then marked at its own values.
         limit: (label, value) of a horizontal line.
+        bands: label -> (low, high), shaded around the curve: the least and the most of several seeds.
     """
     fig, axes = canvas(title, xlabel, ylabel)
     for i, (label, y) in enumerate(series.items()):
         here = x[label] if isinstance(x, Mapping) else x
         axes.plot(here, y, label=label, color=SHADES[i % 6], linestyle="none" if label in dots else DASHES[i % 6],
                   marker=MARKERS[i % 6] if len(here) <= 40 else "")
+        if label in bands:
+            axes.fill_between(here, *bands[label], color=SHADES[i % 6], alpha=0.2, linewidth=0)
     if limit:
         axes.axhline(limit[1], color="#7d7d7d", linewidth=1, linestyle=":", label=limit[0])
     if logx:

@@ -33,9 +33,9 @@ def base():
 
 
 def test_what_is_logged_is_what_the_weights_say(base):
-    log = watched(LoRAConfig(3, 6, TARGETS), base=copy.deepcopy(base), batches=data, steps=5, lr=1e-2)
+    log = watched(LoRAConfig(3, 6, TARGETS), base=copy.deepcopy(base), data=data, steps=5, lr=1e-2)
     model = copy.deepcopy(base)
-    watched(LoRAConfig(3, 6, TARGETS), base=model, batches=data, steps=4, lr=1e-2)
+    watched(LoRAConfig(3, 6, TARGETS), base=model, data=data, steps=4, lr=1e-2)
     layers = lora_layers(model)
     assert len(layers) == 6 and not any(layer._forward_hooks for layer in layers.values())
     inputs, branch = {}, []
@@ -59,7 +59,7 @@ def test_what_is_logged_is_what_the_weights_say(base):
 
 
 def test_at_birth_only_b_feels_anything(base):
-    log = watched(LoRAConfig(3, 6, TARGETS), base=copy.deepcopy(base), batches=data, steps=2)
+    log = watched(LoRAConfig(3, 6, TARGETS), base=copy.deepcopy(base), data=data, steps=2)
     assert log["update"][0] == log["activation"][0] == log["grad_A"][0] == 0 < log["grad_B"][0]
     assert all(values[1] > 0 for values in log.values())
 
@@ -69,7 +69,7 @@ def test_the_first_gradient_of_b_falls_as_one_over_root_r_unless_scaled_by_root_
     # E||s G^T X A^T||^2 = s^2 r / (3 d_in) ||G^T X||^2, whatever the gradient G (rsLoRA, theorem 3.2's argument)
     ranks, seeds = (1, 4, 16, 64, 256), range(20)  # 64 and 256 exceed the model's width of 32
     norms = [np.sqrt(np.mean([watched(LoRAConfig(r, 8, TARGETS, use_rslora=use_rslora), base=copy.deepcopy(base), seed=s,
-                                      batches=data, steps=1)["grad_B"][0] ** 2 for s in seeds])) for r in ranks]
+                                      data=data, steps=1)["grad_B"][0] ** 2 for s in seeds])) for r in ranks]
     assert slope(ranks, norms) == pytest.approx(expected, abs=0.06)
 
 
