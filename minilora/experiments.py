@@ -96,7 +96,7 @@ def race() -> list[dict]:
     alpha is 32 at every rank, as where the "about ten times" was measured (Schulman et al. 2025).
     """
     rows = []
-    arms = [("tone", 0), ("cipher", 0), ("tone", 8), ("cipher", 8), ("tone", 1), ("tone", 64), ("cipher", 64)]
+    arms = [("tone", 0), ("cipher", 0), ("tone", 8), ("cipher", 8), ("tone", 64), ("cipher", 64), ("tone", 1)]
     for (task, rank), i, seed in grid(arms, range(4), range(3)):
         lr = (1e-3, 3e-3, 1e-2, 3e-2)[i] if rank else (3e-4, 1e-3, 3e-3, 1e-2)[i]
         run = adapt(task, LoRAConfig(rank, 32, ATTENTION + MLP) if rank else None, steps=60, batch=16, lr=lr, seed=seed)

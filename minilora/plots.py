@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation
 
 SHADES = ("#111111", "#d1495b", "#30638e", "#9a8c2c", "#7d7d7d", "#b5b5b5")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
@@ -63,9 +64,18 @@ def lines(x: Sequence, series: Mapping[str, Sequence], *, title: str, xlabel: st
         axes.set_xticks(ticks, [f"{v:g}" for v in ticks], minor=False)
     if logy:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(PlainLog())
+        axes.yaxis.set_minor_formatter(PlainLog())
     if len(series) > 1 or limit:
         axes.legend()
     return fig
+
+
+class PlainLog(LogFormatterSciNotation):
+    """0.02 in place of 2 x 10^-2, at the ticks that matplotlib would label."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def bars(groups: Sequence[str], series: Mapping[str, Sequence], *, title: str, ylabel: str, xlabel: str = "",

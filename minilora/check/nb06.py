@@ -73,7 +73,7 @@ def best_seed(rows):
 fair_score = Exercise(
     "fair_score", fair, sweep_rows,
     [(pick_by("loss", "loss"),
-      "the learning rate is chosen by the test loss, so the test file is a part of the training: use the validation loss"),
+      "chosen by the test loss, the learning rate makes the test file a part of training: use the validation loss"),
      (pick_by("validation", "validation"),
       "the validation loss chose the learning rate, so it flatters; report the test loss"),
      (of_one_run, "that is the luckiest single run: choose by the mean over the seeds"),

@@ -117,7 +117,7 @@ def mean_of_rates(rates, losses):
 
 WRONG = {
     "fair_score": [
-        (by_the_test, "chosen by the test loss"), (flattered, "so it flatters"), (luckiest_run, "luckiest single run"),
+        (by_the_test, "use the validation loss"), (flattered, "so it flatters"), (luckiest_run, "luckiest single run"),
         (luckiest_seed, "of its best seed"), (the_rate_alone, "return two values"),
         (worst, "the largest loss is chosen")],
     "bottom": [
