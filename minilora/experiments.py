@@ -7,6 +7,7 @@ A recorded sweep is a list of rows; every notebook that shows one trains a row o
 
 import argparse
 import copy
+import dataclasses
 import itertools
 import json
 import platform
@@ -16,13 +17,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapters import load_adapter, save_adapter
@@ -35,6 +38,9 @@ from .config import LoRAConfig
 from .desk import DATA, batches, evaluate, load_base, load_task, tokenizer
 from .family import IA3, BitFit, BottleneckAdapters, Method, PrefixTuning, PromptTuning, insert
 from .insert import lora_layers, merge
+from .config import LoRAConfig, need
+from .desk import DATA, batches, evaluate, load_base, load_task
+from .insert import inject, lora_layers
 from .llama import Llama
 from .quant import BLOCK, nf4_levels, quantise_model
 from .insert import inject, merge
@@ -255,6 +261,128 @@ def four_bit() -> list[dict]:
                      "loss_before": round(loss, 4), "exact_before": exact, "loss": round(run.loss, 4),
                      "exact": run.exact})
     return rows
+
+
+def race() -> list[dict]:
+    """Notebook 06: full fine-tuning (here rank 0) and LoRA, each at its own learning rates, on a near and a far task.
+    The validation loss is there to choose the learning rate, the test file to score.
+
+    alpha is 32 at every rank, as where the "about ten times" was measured (Schulman et al. 2025).
+    """
+    rows = []
+    arms = [("tone", 0), ("cipher", 0), ("tone", 8), ("cipher", 8), ("tone", 64), ("cipher", 64), ("tone", 1)]
+    rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    for (task, rank), i, seed in grid(arms, range(4), range(3)):
+        lr = rates[i + (rank > 0 or task == "cipher")]  # four that hold the bottom
+        config = LoRAConfig(rank, 32, ATTENTION + MLP) if rank else None
+        run = adapt(task, config, steps=60, batch=16, lr=lr, seed=seed)
+        validation = evaluate(run.model, load_task(task).validation).loss
+        rows.append({"task": task, "rank": rank, "lr": lr, "seed": seed, "trained": run.log.trained,
+                     "validation": round(validation, 4), "loss": round(run.loss, 4), "exact": run.exact})
+    return rows
+
+
+@sweep
+def ranks() -> list[dict]:
+    """Notebook 04: the first 10 updates at alpha / r and at alpha / sqrt(r), with Adam and with plain gradient descent.
+
+    alpha is 16 throughout. Rank 256 is more than these matrices have: wasteful, but sound algebra.
+    """
+    rows = []
+    optimizers = {"adam": (torch.optim.AdamW, 1e-3), "sgd": (torch.optim.SGD, 0.01)}
+    for name, use_rslora, rank, seed in grid(optimizers, (False, True), (1, 4, 16, 64, 256), range(3)):
+        optimizer, lr = optimizers[name]
+        config = LoRAConfig(rank, 16, ATTENTION + MLP, use_rslora=use_rslora)
+        log = watched(config, optimizer=optimizer, lr=lr, seed=seed)
+        rows.append({"optimizer": name, "rslora": use_rslora, "rank": rank, "seed": seed}
+                    | {what: [float(f"{x:.4g}") for x in values] for what, values in log.items()})
+    return rows
+
+
+def watched(config: LoRAConfig, *, steps: int = 11, lr: float = 1e-3, optimizer: type = torch.optim.AdamW,
+            seed: int = 0, base: nn.Module | None = None, data: Callable | None = None) -> dict[str, list[float]]:
+    """A short LoRA run at a constant learning rate, without clipping, that logs how loud the adapter is at every step.
+
+    Args:
+        base: changed in place; None takes the pretrained one.
+        data: step -> (ids, targets), as in `train`; None takes `tone` in batches of 16.
+
+    Returns:
+        Lists whose entry t is taken after t updates: "loss"; "update", ||s BA||_F over all adapted modules together;
+        "grad_A", "grad_B", likewise; "activation", the root mean square of s BA x over modules, tokens and features.
+    """
+    torch.manual_seed(seed)
+    model = inject(base or load_base(), config, any_rank=True)
+    layers, squares = list(lora_layers(model).values()), []
+    log = {"update": [], "grad_A": [], "grad_B": [], "activation": []}
+
+    @torch.no_grad()
+    def heard(layer, inputs, output):
+        squares.append((layer.scaling * layer.product(inputs[0], layer.lora_A, layer.lora_B)).square().mean())
+
+    @torch.no_grad()
+    def on_step(step, model, _):
+        # matrices this small are quicker to form than the QR of spectrum.product_norm
+        log["update"].append(norm_of_all(layer.scaling * layer.lora_B @ layer.lora_A for layer in layers))
+        log["grad_A"].append(norm_of_all(layer.lora_A.grad for layer in layers))
+        log["grad_B"].append(norm_of_all(layer.lora_B.grad for layer in layers))
+        log["activation"].append(torch.stack(squares).mean().sqrt().item())
+        squares.clear()
+
+    hooks = [layer.register_forward_hook(heard) for layer in layers]
+    done = train(model, data or batches(load_task("tone").train, 16, seed), steps=steps, lr=lr, warmup=0,
+                 schedule="constant", clip=None, seed=seed, optimizer=optimizer, on_step=on_step, progress=False)
+    for hook in hooks:
+        hook.remove()
+    return {"loss": done.loss} | log
+
+
+def norm_of_all(tensors: Iterable[Tensor]) -> float:
+    return torch.stack([t.norm() for t in tensors]).norm().item()
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """The exponent k of the power law y = c x^k that fits best: a straight line through the logarithms."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def twins(base: nn.Module, data: Callable, config: LoRAConfig, p: float, q: float, *, steps: int = 8, lr: float = 1e-3,
+          seed: int = 0, eps: float = 1e-30, clip: float | None = None) -> tuple[Log, Log, float]:
+    """Two LoRA runs on copies of `base` that Adam cannot tell apart: the second has alpha / (p q), A0 times p, and the
+    learning rates p lr for A and q lr for B (Schulman et al. 2025, "LoRA Without Regret").
+
+    The second run's gradients are 1 / p (A) and 1 / q (B) of the first's. Adam divides that out if its eps is 0, and
+    s BA stays the same. A true 0 will not do: the first gradient of A is zero, and 0 / 0 is no number.
+
+    Returns:
+        Both logs, and ||s BA - its twin|| / ||s BA|| over all modules after the last step.
+    """
+    logs, updates = [], []
+    for p, q in ((1, 1), (p, q)):
+        torch.manual_seed(seed)
+        model = inject(copy.deepcopy(base), dataclasses.replace(config, alpha=config.alpha / (p * q)))
+        layers = lora_layers(model).values()
+        for layer in layers:
+            layer.lora_A.data *= p
+        groups = [{"params": [layer.lora_A for layer in layers], "lr": p * lr, "eps": eps},
+                  {"params": [layer.lora_B for layer in layers], "lr": q * lr, "eps": eps}]
+        logs.append(train(model, data, steps=steps, lr=lr, parameters=groups, clip=clip, seed=seed, progress=False))
+        updates.append([(layer.scaling * layer.lora_B @ layer.lora_A).detach() for layer in layers])
+    apart = norm_of_all(a - b for a, b in zip(*updates)) / norm_of_all(updates[0])
+    return *logs, apart
+
+
+def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """The learning rate at the bottom of a U: of the parabola through the logarithms of the best point and of its two
+    neighbours, which need not be evenly spaced.
+
+    Raises:
+        ValueError: the best point is at an end, so that the bottom may lie beyond it.
+    """
+    i = int(np.argmin(losses))
+    need(0 < i < len(rates) - 1, "the best learning rate must lie inside the sweep", rates[i])
+    a, b, _ = np.polyfit(np.log(rates[i - 1:i + 2]), np.log(losses[i - 1:i + 2]), 2)
+    return float(np.exp(-b / (2 * a)))
 
 
 def grid(*axes) -> tqdm:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation
 
 SHADES = ("#111111", "#d1495b", "#30638e", "#9a8c2c", "#7d7d7d", "#b5b5b5")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
@@ -37,7 +38,8 @@ def canvas(title: str, xlabel: str = "", ylabel: str = "", width: float = 6.4, h
 
 
 def lines(x: Sequence, series: Mapping[str, Sequence], *, title: str, xlabel: str, ylabel: str, logx: bool = False,
-          logy: bool = False, dots: Sequence[str] = (), limit: tuple[str, float] | None = None) -> Figure:
+          logy: bool = False, dots: Sequence[str] = (), limit: tuple[str, float] | None = None,
+          bands: Mapping[str, tuple[Sequence, Sequence]] = {}) -> Figure:
     """Curves over a common x.
 
     Args:
@@ -45,12 +47,15 @@ def lines(x: Sequence, series: Mapping[str, Sequence], *, title: str, xlabel: st
         series: label -> values; those named in `dots` are drawn as markers without a line.
         logx, logy: logarithmic axes; x is then marked at its own values.
         limit: (label, value) of a horizontal line.
+        bands: label -> (low, high), shaded around the curve: the least and the most of several seeds.
     """
     fig, axes = canvas(title, xlabel, ylabel)
     for i, (label, y) in enumerate(series.items()):
         here = x[label] if isinstance(x, Mapping) else x
         axes.plot(here, y, label=label, color=SHADES[i % 6], linestyle="none" if label in dots else DASHES[i % 6],
                   marker=MARKERS[i % 6] if len(here) <= 40 else "")
+        if label in bands:
+            axes.fill_between(here, *bands[label], color=SHADES[i % 6], alpha=0.2, linewidth=0)
     if limit:
         axes.axhline(limit[1], color="#7d7d7d", linewidth=1, linestyle=":", label=limit[0])
     if logx:
@@ -59,9 +64,18 @@ def lines(x: Sequence, series: Mapping[str, Sequence], *, title: str, xlabel: st
         axes.set_xticks(ticks, [f"{v:g}" for v in ticks], minor=False)
     if logy:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(PlainLog())
+        axes.yaxis.set_minor_formatter(PlainLog())
     if len(series) > 1 or limit:
         axes.legend()
     return fig
+
+
+class PlainLog(LogFormatterSciNotation):
+    """0.02 in place of 2 x 10^-2, at the ticks that matplotlib would label."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def bars(groups: Sequence[str], series: Mapping[str, Sequence], *, title: str, ylabel: str, xlabel: str = "",
