@@ -286,5 +286,4 @@ class OurDecoder(Decoder):
 
     def mlp(self, x: Tensor, m: dict) -> Tensor:
         tape = self.tape
-        gate, up = m["mlp.gate_proj"](x), m["mlp.up_proj"](x)
-        return m["mlp.down_proj"](tape.mul(tape.unary(gate, "silu", "input"), up))
+        return m["mlp.down_proj"](tape.mul(tape.unary(m["mlp.gate_proj"](x), "silu", "input"), m["mlp.up_proj"](x)))
