@@ -76,13 +76,16 @@ def at_birth(folder: Path, **settings) -> None:
 def variant(name: str, **settings) -> list[float]:
     """Losses of a short run of a model of another kind, in double precision; of a 16-bit base the gradient's norms."""
     kinds = {"dora": {"use_dora": True}, "pissa": {"init": "pissa"}}
+    if name == "looked at":  # every weight trains, and a forward before the update gathers those of this step
+        look = torch.no_grad()(lambda step, m, log: m(data(step)[0]))
+        return run(model(None, DOUBLE), stop_at=5, on_step=look, **settings).loss
     m = model(LoRAConfig(4, 8, "all-linear", **kinds.get(name, {})), torch.bfloat16 if name == "16-bit" else DOUBLE)
     m.model.checkpointing = name == "checkpointing"
     log = run(m, stop_at=5, **settings)
     return log.grad_norm if name == "16-bit" else log.loss  # a 16-bit loss is known to 1 in 256
 
 
-VARIANTS = ("dora", "pissa", "16-bit", "checkpointing")
+VARIANTS = ("dora", "pissa", "16-bit", "checkpointing", "looked at")
 
 
 def compare(folder: Path) -> dict:
