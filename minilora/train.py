@@ -64,10 +64,12 @@ def reply_loss(model: nn.Module, ids: Tensor, targets: Tensor, counted: Tensor |
 
     With `counted`, the sum divided by that: for rows that are a part of a batch, their part of its mean.
     """
-    counted = (targets != IGNORE).sum() if counted is None else counted
     if hasattr(model, "chunked_loss"):  # a streamed decoder's, which never has all logits at once
         return model.chunked_loss(ids, targets, counted)
-    return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum") / counted
+    logits, targets = model(ids).flatten(0, 1), targets.flatten()  # (B T, V), (B T,)
+    if counted is None:
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / counted
 
 
 def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, steps: int, lr: float,
@@ -162,7 +164,8 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
             if processes > 1:
                 distributed.seed_step(seed, step)
             batch = tuple(t.to(device) for t in batches(step))
-            counted, loss = (batch[1] != IGNORE).sum(), 0
+            counted = (batch[1] != IGNORE).sum() if processes * accumulation > 1 else None
+            loss = 0
             for i in range(accumulation):
                 with distributed.syncing(net, i + 1 == accumulation):
                     rows = distributed.piece(batch, rank * accumulation + i, processes * accumulation)
