@@ -1,5 +1,5 @@
-"""Notebook 09, many adapters: a mixed batch, an exact sum, fingerprints compared, a gate before release; two choices, on
-another version of the base and on adding up factors."""
+"""Notebook 09, many adapters: a mixed batch, an exact sum, fingerprints compared, a gate before release; two choices,
+on another version of the base and on adding up factors."""
 
 import random
 
@@ -18,7 +18,8 @@ def draw_adapter(rank: int, d_in: int, d_out: int, scaling: float) -> Adapter:
 def draw_batch(seed: int) -> tuple[Tensor, Tensor, dict[str, Adapter], list[str | None]]:
     d_in, d_out = 9 + seed, 14 - seed
     adapters = {"acme": draw_adapter(2, d_in, d_out, 2.0), "zen": draw_adapter(3, d_in, d_out, 0.5)}
-    names = [["zen", None, "acme", "zen"], ["acme", "zen", "acme"], [None, "zen"], ["zen", "zen", None, "acme", None]][seed]
+    names = (["zen", None, "acme", "zen"], ["acme", "zen", "acme"], [None, "zen"],
+             ["zen", "zen", None, "acme", None])[seed]
     return torch.randn(len(names), 3 + seed, d_in), torch.randn(d_out, d_in), adapters, names
 
 
@@ -102,6 +103,10 @@ combine = Exercise("combine", summed, draw_parts, [
     (stacked(lambda w, s: 1, lambda w, s: 1), "weights and scalings are missing"),
     (lambda parts: (torch.cat([A for w, s, A, B in parts]), torch.cat([w * s * B for w, s, A, B in parts[::-1]], 1)),
      "the blocks of A and of B stand in different orders: block k of B meets block k of A"),
+    (lambda parts: (torch.cat([w * s * B for w, s, A, B in parts], 1), torch.cat([A for w, s, A, B in parts])),
+     "A comes first in the result, then B"),
+    (lambda parts: sum(w * s * B @ A for w, s, A, B in parts),
+     "this is the product; give the two matrices that make it, or nothing is thin any more"),
 ], tolerance=1e-4, observe=product)
 
 HERE = "6d133aa7ec5e-3ba2729cc6db"
@@ -195,7 +200,8 @@ may_ship = Exercise("may_ship", shipped, draw_scores, [
 another_version = Prediction("d", {
     "a": "The shapes fit, and nothing in A and B says which weights they were made for. Somebody has to write it down "
          "beside them, and somebody to look.",
-    "b": "Most of what the adapter corrects is still there, but not all of it: some answers that were right are no longer.",
+    "b": "Most of what the adapter corrects is still there, but not all of it: some answers that were right are no "
+         "longer.",
     "c": "So it is on random weights, the control. This base has gone only a little way, and most of what the adapter "
          "corrects is still there.",
     "d": "The shapes fit, most answers are right, and some that were are no longer. It takes a test to see it, or a "
