@@ -284,6 +284,28 @@ def race() -> list[dict]:
 
 
 @sweep
+def limits() -> list[dict]:
+    """Notebook 06: what LoRA lacks on the far task (parts of the model trained alone), and a base that fits ill."""
+    cases = [("cipher", "base", "model.layers", (3e-3, 1e-2, 3e-2)),
+             ("cipher", "base", "model.embed_tokens", (1e-2, 3e-2, 1e-1)),
+             ("tone", "base_early", "lora", (3e-3, 1e-2, 3e-2)), ("tone", "base_early", "", (3e-4, 1e-3, 3e-3))]
+    rows = []
+    for (task, base, part, rates), i in grid(cases, range(3)):
+        model, data = load_base(base), load_task(task)
+        torch.manual_seed(0)
+        if part == "lora":
+            inject(model, LoRAConfig(8, 32, ATTENTION + MLP))
+        else:
+            model.requires_grad_(False).get_submodule(part).requires_grad_(True)  # "" is the whole model
+        log = train(model, batches(data.train, 16), steps=60, lr=rates[i], progress=False)
+        loss, exact = evaluate(model, data.test)
+        rows.append({"task": task, "base": base, "part": part or "full", "lr": rates[i], "seed": 0,
+                     "trained": log.trained, "validation": round(evaluate(model, data.validation).loss, 4),
+                     "loss": round(loss, 4), "exact": exact})
+    return rows
+
+
+@sweep
 def ranks() -> list[dict]:
     """Notebook 04: the first 10 updates at alpha / r and at alpha / sqrt(r), with Adam and with plain gradient descent.
 
