@@ -227,7 +227,7 @@ def wire_command(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 
 
 @torch.no_grad()
-def rounded(model: nn.Module, bits: int, shuffle: bool = False) -> nn.Module:
+def in_few_bits(model: nn.Module, bits: int, shuffle: bool = False) -> nn.Module:
     """Round every linear of the blocks, in place, to the NormalFloat of so many bits with an fp32 absmax a block of 64.
 
     The weights stay dense: this is about what rounding loses, not about memory. shuffle: the rounded weights of each
@@ -249,8 +249,8 @@ def four_bit() -> list[dict]:
     """Notebook 10: LoRA on bases of fewer and fewer bits, on shuffled codes, and full fine-tuning; before and after."""
     config = LoRAConfig(8, 16, "all-linear")
     bases = {"full": load_base(), "fp32": load_base(), "NF4": quantise_model(load_base()),
-             "INT4": quantise_model(load_base(), kind="int4"), "3 bits": rounded(load_base(), 3),
-             "2 bits": rounded(load_base(), 2), "NF4, shuffled": rounded(load_base(), 4, shuffle=True)}
+             "INT4": quantise_model(load_base(), kind="int4"), "3 bits": in_few_bits(load_base(), 3),
+             "2 bits": in_few_bits(load_base(), 2), "NF4, shuffled": in_few_bits(load_base(), 4, shuffle=True)}
     before = {(task, name): evaluate(base, load_task(task).test) for task in ("tone", "general")
               for name, base in bases.items()}
     rows = []

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from minilora import (LoRAConfig, LoRALayer, inject, load_adapter, lora_parameters, merge, plots, quant, remove,
                       report, save_adapter)
-from minilora.experiments import rounded
+from minilora.experiments import in_few_bits
 from minilora.layers import kind_of
 from minilora.llama import Llama, LlamaConfig
 from minilora.quant import (FP8, LEVELS, Linear4bit, QuantisedTensor, dequantise, dequantise_absmax, nf4_levels,
@@ -80,8 +80,8 @@ def test_a_normal_float_of_other_sizes():
 
 def test_rounding_a_model_to_four_bits_is_what_quantising_it_does():
     model = our_llama()
-    four_bit, dense = quantise_model(copy.deepcopy(model), double=False), rounded(copy.deepcopy(model), 4)
-    shuffled = rounded(copy.deepcopy(model), 4, shuffle=True)
+    four_bit, dense = quantise_model(copy.deepcopy(model), double=False), in_few_bits(copy.deepcopy(model), 4)
+    shuffled = in_few_bits(copy.deepcopy(model), 4, shuffle=True)
     for name, linear in dense.model.layers.named_modules():
         if isinstance(linear, nn.Linear):
             weight = four_bit.model.layers.get_submodule(name).dequantize()

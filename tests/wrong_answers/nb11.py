@@ -122,20 +122,36 @@ def forward_again(layer, inputs, grad):
     return layer(*inputs)
 
 
+def crossed(layer, layers, head):
+    return head + sum([layer] * (2 * layers - 3))
+
+
 def all_at_once(layer, layers, head):
-    return layer * layers + head, 2 * layer * layers + head
+    return layer * layers + head, crossed(layer, layers, head)
 
 
 def one_at_a_time(layer, layers, head):
-    return layer, head + sum([layer] * layers * 2)
+    return layer, crossed(layer, layers, head)
 
 
 def two_layers(layer, layers, head):
-    return layer + layer, head + 2 * layer * layers
+    return layer + layer, crossed(layer, layers, head)
 
 
 def always_the_head(layer, layers, head):
-    return head + layer, head + 2 * layer * layers
+    return head + layer, crossed(layer, layers, head)
+
+
+def every_layer_twice(layer, layers, head):
+    return max(2 * layer, layer + head), 2 * layer * layers + head
+
+
+def last_is_there(layer, layers, head):
+    return max(2 * layer, layer + head), layer * (2 * layers - 1) + head
+
+
+def first_two_are_there(layer, layers, head):
+    return max(2 * layer, layer + head), 2 * layer * (layers - 1) + head
 
 
 def forward_only(layer, layers, head):
@@ -146,12 +162,8 @@ def written_back(layer, layers, head):
     return max(2 * layer, layer + head), 3 * layers * layer + head
 
 
-def head_twice(layer, layers, head):
-    return max(2 * layer, layer + head), (layers * layer + head) * 2
-
-
 def no_head(layer, layers, head):
-    return max(2 * layer, layer + head), layers * layer * 2
+    return max(2 * layer, layer + head), crossed(layer, layers, 0)
 
 
 WRONG = {
@@ -168,6 +180,7 @@ WRONG = {
         (forward_again, "output once more")],
     "streamed": [
         (all_at_once, "only two"), (one_at_a_time, "on its way"), (two_layers, "beside the last layer"),
-        (always_the_head, "smaller than a layer"), (forward_only, "once more"), (written_back, "written back"),
-        (head_twice, "visits once"), (no_head, "passes over the bus")],
+        (always_the_head, "smaller than a layer"), (every_layer_twice, "not every layer"),
+        (last_is_there, "and the first two, when"), (first_two_are_there, "one of three"),
+        (forward_only, "once more"), (written_back, "written back"), (no_head, "passes over the bus")],
 }
