@@ -495,7 +495,7 @@ def faults() -> list[dict]:
     for (name, differs), seed in grid(FAULTS.items(), range(2)):
         noted = examine(**differs, seed=seed)
         noted["loss"] = noted["loss"][::5] + noted["loss"][-1:]
-        rows.append({"fault": name, "seed": seed} | rounded(noted))
+        rows.append({"fault": name, "seed": seed} | rounded_row(noted))
     return rows
 
 
@@ -513,8 +513,8 @@ def barely_moved() -> list[dict]:
     rows = []
     for task, name, base, lora in tqdm(runs):
         run = adapt(task, lora, base=base, steps=100)
-        rows.append(rounded({"task": task, "run": name, "trained": run.log.trained,
-                             "loss": run.loss, "exact": run.exact}))
+        rows.append(rounded_row({"task": task, "run": name, "trained": run.log.trained,
+                                 "loss": run.loss, "exact": run.exact}))
     return rows
 
 
@@ -544,8 +544,8 @@ def family() -> list[dict]:
 
     def one(task: str, name: str, lr: float) -> None:
         run = adapt(task, FAMILY[name][0], lr=lr, steps=60)
-        rows.append(rounded({"task": task, "method": name, "lr": lr, "trained": run.log.trained,
-                             "train": sum(run.log.loss[-10:]) / 10, "loss": run.loss, "exact": run.exact}))
+        rows.append(rounded_row({"task": task, "method": name, "lr": lr, "trained": run.log.trained,
+                                 "train": sum(run.log.loss[-10:]) / 10, "loss": run.loss, "exact": run.exact}))
 
     for name, lr in tqdm([(name, lr) for name, (_, rates) in FAMILY.items() for lr in rates]):
         one("catalogue", name, lr)
@@ -578,7 +578,7 @@ def family_latency() -> list[dict]:
     return [{"method": name, "ratio": round(median(times[3:]) / base, 3)} for name, times in seconds.items()]
 
 
-def rounded(row: dict, digits: int = 4) -> dict:
+def rounded_row(row: dict, digits: int = 4) -> dict:
     """A row with its floats, also those in lists, rounded for a file."""
     return {key: [round(x, digits) for x in value] if isinstance(value, list) else
             round(value, digits) if isinstance(value, float) else value for key, value in row.items()}

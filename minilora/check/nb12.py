@@ -108,10 +108,11 @@ still_costs = Prediction("c", {
 })
 
 best_for_its_size = Prediction("b", {
-    "a": "A prefix is no text. It was not written but found by gradient descent, from random words, and of the three it "
-         "gets the fewest facts across.",
-    "b": "LoRA is first by a clear margin, the bottleneck second. The count does not say why; where they stand differs: "
-         "LoRA in every linear, the bottleneck only behind attention and behind the MLP, the prefix before the text.",
+    "a": "A prefix is no text. It was not written but found by gradient descent, from random words, and of the three "
+         "it gets the fewest facts across.",
+    "b": "LoRA is first by a clear margin, the bottleneck second. The count does not say why; where they stand "
+         "differs: LoRA in every linear, the bottleneck only behind attention and behind the MLP, the prefix before "
+         "the text.",
     "c": "At one size they lie far apart on this task. On the near task, where there is only a choice to be made, you "
          "would have been nearly right.",
 })
