@@ -544,14 +544,15 @@ def barely_moved() -> list[dict]:
 # ---------------------------------------------------------------- notebook 12: LoRA and its relatives
 
 FAMILY = {  # name -> method, and the peak learning rates to try
-    "full": (None, (LR["full"],)),
-    "LoRA, rank 8": (HEALTHY, (LR["lora"],)),
-    "LoRA, rank 1, q and v": (LoRAConfig(1, 2, ("q_proj", "v_proj")), (1e-2, 3e-2)),
-    "prompt": (PromptTuning(20), (1e-2, 3e-2, 1e-1)),
-    "prefix": (PrefixTuning(20), (1e-2, 3e-2, 1e-1)),
-    "(IA)3": (IA3(), (1e-2, 3e-2, 1e-1)),
-    "bottleneck": (BottleneckAdapters(8), (1e-3, 3e-3, 1e-2)),
-    "BitFit": (BitFit(add=True), (3e-3, 1e-2, 3e-2)),
+    "full": (None, (1e-3, 3e-3, 1e-2)),
+    "LoRA, rank 8": (HEALTHY, (3e-3, 1e-2, 3e-2)),
+    "LoRA, rank 2": (LoRAConfig(2, 4, EVERYWHERE), (1e-2, 3e-2, 1e-1)),
+    "LoRA, rank 1, q and v": (LoRAConfig(1, 2, ("q_proj", "v_proj")), (1e-2, 3e-2, 1e-1)),
+    "prompt": (PromptTuning(20), (3e-2, 1e-1, 3e-1)),
+    "prefix": (PrefixTuning(20), (1e-1, 3e-1, 1.0)),
+    "(IA)3": (IA3(), (1e-1, 3e-1, 1.0)),
+    "bottleneck": (BottleneckAdapters(8), (1e-2, 3e-2, 1e-1)),
+    "BitFit": (BitFit(add=True), (3e-2, 1e-1, 3e-1)),
 }
 
 

@@ -249,12 +249,12 @@ def tradeoff(sizes: Mapping[str, int], quality: Mapping[str, Mapping[str, float]
     panels = fig.subplots(1, len(quality), sharey=True, squeeze=False)[0]
     for axes, (task, values) in zip(panels, quality.items()):
         for i, name in enumerate(sizes):
-            axes.plot(sizes[name], values[name], linestyle="none", marker="os^Dv*Xp"[i % 8], markersize=9,
+            axes.plot(sizes[name], values[name], linestyle="none", marker="os^Dv*XpP"[i % 9], markersize=9,
                       color=SHADES[i % 5], markeredgecolor="black", label=f"{name}: {notes[name]}")
         axes.set(xscale="log", title=task, xlabel="trained parameters")
     panels[0].set_ylabel(ylabel)
     panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     fig.suptitle(title, y=1.02)
     order = {task: sorted(values, key=values.get, reverse=True) for task, values in quality.items()}
-    return fig, " ".join(f"{task}, from the best: {', '.join(f'{n} {quality[task][n]:.0f}' for n in names)}."
+    return fig, " ".join(f"{task}, from the best: {', '.join(f'{n} {quality[task][n]:.1f}' for n in names)}."
                          for task, names in order.items())

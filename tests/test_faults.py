@@ -1,10 +1,10 @@
-"""Notebook 07's instruments: what `examine` notes, the faults it is given, the record, the symptom grid."""
+"""The instruments of notebooks 07 and 12: what `examine` notes, the faults it is given, and what was recorded."""
 
 import torch
 from small import our_llama
 
-from minilora import LoRAConfig, inject, load_adapter, plots, save_adapter
-from minilora.experiments import FAULTS, examine, forget_alpha, measured, unfreeze, zero_A
+from minilora import LoRAConfig, inject, load_adapter, save_adapter
+from minilora.experiments import FAMILY, FAULTS, examine, forget_alpha, measured, unfreeze, zero_A
 from minilora.insert import lora_layers
 
 
@@ -38,10 +38,13 @@ def test_the_record_holds_every_fault_twice():
     assert sorted((r["fault"], r["seed"]) for r in rows) == sorted((name, seed) for name in FAULTS for seed in (0, 1))
 
 
-def test_the_symptom_grid_says_whether_its_rows_can_be_told_apart():
-    cells = {"well": {"loss": ("0.1", False), "exact": ("99%", False)},
-             "ill": {"loss": ("0.1", False), "exact": ("2%", True)}}
-    fig, sentence = plots.symptom_grid(cells, title="t")
-    assert "well: 0 of 2; ill: 1 of 2" in sentence and sentence.endswith("other cells: True.")
-    assert [t.get_text() for t in fig.axes[0].texts] == ["0.1", "99%", "0.1", "2%"]
-    assert plots.symptom_grid({**cells, "also": cells["ill"]}, title="t")[1].endswith("other cells: False.")
+def test_the_family_was_tried_at_each_of_its_rates_and_taken_to_tone_at_the_best():
+    rows = measured("family")["rows"]
+    tried = [(r["method"], r["lr"]) for r in rows if r["task"] == "catalogue"]
+    assert tried == [(name, lr) for name, (_, rates) in FAMILY.items() for lr in rates]
+    for r in rows:
+        if r["task"] == "tone":
+            others = [x for x in rows if x["task"] == "catalogue" and x["method"] == r["method"]]
+            assert r["lr"] == min(others, key=lambda x: x["train"])["lr"]
+            assert {x["trained"] for x in others} == {r["trained"]}
+    assert {r["method"] for r in measured("family_latency")["rows"]} >= set(FAMILY) - {"full"}

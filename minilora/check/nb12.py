@@ -1,0 +1,118 @@
+"""Notebook 12: virtual tokens, a bottleneck, factors folded into a weight; predictions about latency and about size."""
+
+import torch
+import torch.nn.functional as F
+
+from . import Exercise, Prediction
+
+# ---------------------------------------------------------------- prepend
+
+
+def prompt_and_text(seed: int) -> tuple:
+    n, batch, tokens, width = 3 + seed, (2, 1, 4, 3)[seed % 4], 8 + 2 * seed, 6 + seed
+    return torch.randn(n, width), torch.randn(batch, tokens, width)
+
+
+def before(prompt, text):
+    out = text.new_empty(text.shape[0], len(prompt) + text.shape[1], text.shape[2])
+    for row in range(len(text)):
+        out[row, :len(prompt)], out[row, len(prompt):] = prompt, text[row]
+    return out
+
+
+def repeated(prompt, text):
+    return prompt[None].repeat(len(text), 1, 1)
+
+
+def over(prompt, text):
+    out = text.clone()
+    out[:, :len(prompt)] = prompt
+    return out
+
+
+prepend = Exercise(
+    "prepend", before, prompt_and_text,
+    [(lambda prompt, text: torch.cat((text, repeated(prompt, text)), 1),
+      "the prompt comes after the text: it must stand before, or no word of the text can look back at it"),
+     (over, "the prompt has taken the place of the first words: put it before them"),
+     (lambda prompt, text: torch.cat((prompt, text[0])), "one text only: every row of the batch gets the prompt"),
+     (lambda prompt, text: torch.cat((prompt[None], text[:1]), 1),
+      "only the first row is left: every row of the batch gets the prompt (expand it to the batch)"),
+     (repeated, "the text is gone: join the prompt and the text"),
+     (lambda prompt, text: torch.cat((prompt, text), 1),
+      "the prompt has no batch dimension yet: expand it to (B, n, C) before you join")],
+)
+
+# ---------------------------------------------------------------- bottleneck
+
+
+def hidden_and_factors(seed: int) -> tuple:
+    width, inner = 6 + seed, 2 + seed
+    return torch.randn(2, 3 + seed, width), torch.randn(inner, width), torch.randn(width, inner)
+
+
+def squeezed(h, down, up):
+    inside = F.gelu(torch.einsum("btc,mc->btm", h, down))
+    return h + torch.einsum("btm,cm->btc", inside, up)
+
+
+bottleneck = Exercise(
+    "bottleneck", squeezed, hidden_and_factors,
+    [(lambda h, down, up: F.gelu(h @ down.T) @ up.T, "no skip: without h + ... the frozen layer's output is lost"),
+     (lambda h, down, up: h + h @ down.T @ up.T,
+      "without the gelu between them down and up are one matrix of low rank: that is a LoRA, and could be merged"),
+     (lambda h, down, up: h + F.relu(h @ down.T) @ up.T, "that is relu: the nonlinearity asked for is gelu"),
+     (lambda h, down, up: h + F.gelu(h @ down.T @ up.T), "the gelu belongs inside the bottleneck, before up"),
+     (lambda h, down, up: F.gelu(h + h @ down.T @ up.T),
+      "the gelu belongs inside the bottleneck, and h is added at the very end"),
+     (lambda h, down, up: h + F.gelu(F.gelu(h @ down.T) @ up.T), "one gelu, between down and up: none after up"),
+     (lambda h, down, up: h + F.gelu(h @ down.T, approximate="tanh") @ up.T,
+      "that is gelu's tanh approximation: F.gelu(x) as it stands is the exact one")],
+)
+
+# ---------------------------------------------------------------- fold
+
+
+def weight_and_factors(seed: int) -> tuple:
+    size = 5 + seed  # square, so that no shape gives the answer away
+    return torch.randn(size, size), torch.rand(size) + 0.5, seed % 4 in (1, 2)
+
+
+def folded(W, scale, at_input):
+    return W @ torch.diag(scale) if at_input else torch.diag(scale) @ W
+
+
+fold = Exercise(
+    "fold", folded, weight_and_factors,
+    [(lambda W, scale, at_input: folded(W, 1 / scale, at_input),
+      "divided by the factors: (W x) times scale is (scale W) x"),
+     (lambda W, scale, at_input: W * scale, "the factors on an output scale the rows of W: scale[:, None] * W"),
+     (lambda W, scale, at_input: scale[:, None] * W, "the factors on an input scale the columns of W: W * scale"),
+     (lambda W, scale, at_input: scale[:, None] * W if at_input else W * scale,
+      "rows and columns are mixed up: an input's factor scales a column, an output's a row"),
+     (lambda W, scale, at_input: W + folded(W, scale, at_input),
+      "(IA)3 multiplies and adds nothing: return the scaled W, not W plus it"),
+     (lambda W, scale, at_input: W * scale.mean(), "one factor for all: each input or output has its own")],
+)
+
+# ---------------------------------------------------------------- predictions
+
+still_costs = Prediction("c", {
+    "a": "Not everything that was trained has to stay apart: a sum of matrices, a scaled matrix and a bias are plain "
+         "weights again once they are worked out.",
+    "b": "A product of two matrices can be worked out beforehand, a gelu cannot: it depends on what comes in. And a "
+         "token that stands before the text has to be attended to by every token that follows.",
+    "c": "W + sBA is one matrix, and so is W with its rows scaled; a change of a bias is a bias. A bottleneck has a "
+         "gelu inside, and virtual tokens have to be there to be seen.",
+    "d": "LoRA has the most, and after merging not one operation more than the base: the count says so.",
+})
+
+best_for_its_size = Prediction("b", {
+    "a": "A prefix is no text. It was not written but found by gradient descent, from random words, and of the three "
+         "it gets the fewest facts across.",
+    "b": "LoRA is first by a clear margin, the bottleneck second. The count does not say why; where they stand "
+         "differs: LoRA in every linear, the bottleneck only behind attention and behind the MLP, the prefix before "
+         "the text.",
+    "c": "At one size they lie far apart on this task. On the near task, where there is only a choice to be made, you "
+         "would have been nearly right.",
+})
