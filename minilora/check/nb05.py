@@ -192,15 +192,19 @@ intruders = Exercise("intruders", intruding, draw_before_and_after, [
 
 
 how_many_directions = Prediction("b", {
-    "a": "placeholder one",
-    "b": "placeholder two",
-    "c": "placeholder three",
-    "d": "placeholder four",
+    "a": "That is what the task needs, as the next measurement shows. What full fine-tuning does is another matter: it "
+         "moves every weight, asked or not, and its length is spread over more directions.",
+    "b": "Far from chance, and far from the rank of an adapter.",
+    "c": "That would be an update without any structure, as the control is. The gradients of one task have structure: "
+         "they push the same few directions again and again.",
+    "d": "All of them are used, which is why the matrix has full rank. But most are very short: rank counts them all "
+         "alike, energy does not.",
 })
 
 half_the_energy = Prediction("c", {
-    "a": "placeholder one",
-    "b": "placeholder two",
-    "c": "placeholder three",
-    "d": "placeholder four",
+    "a": "Energy is squared length, and length is not work. The leading directions are those that the gradients agree "
+         "on; the rest is long only because there is so much of it.",
+    "b": "The answers do not follow the energy: what was cut away held nearly half of it and next to none of the work.",
+    "c": "The work is in the few directions that all examples push, and the tail only adds length.",
+    "d": "It does matter which: random directions of the same lengths, and the other half itself, both fail.",
 })
