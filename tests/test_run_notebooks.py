@@ -2,6 +2,7 @@
 
 import nbformat
 import pytest
+import run_notebooks
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from run_notebooks import main
 
@@ -48,3 +49,20 @@ def test_inplace_writes_clean_outputs_back_and_refuses_stderr(write, capsys):
 def test_a_notebook_that_is_not_there(capsys):
     assert main(["99"]) == 2
     assert "no notebook '99'" in capsys.readouterr().err
+
+
+def test_a_notebook_without_its_extras_is_left_out_unless_asked_for(write, capsys, monkeypatch):
+    good = write("01_good.ipynb", "n = 1")
+    real = write("14_real.ipynb", "import no_such_package")
+    monkeypatch.setattr(run_notebooks, "FOLDER", good.parent)
+    monkeypatch.setattr(run_notebooks, "EXTRAS", {"14": ("torch", "no_such_package")})
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].endswith("1 of 1 ok") and "14_real" not in "".join(lines[:-1])
+    assert lines[-1] == "14_real: left out, it needs no_such_package (requirements-dev.txt)"
+    assert main(["14"]) == 1
+    assert "No module named 'no_such_package'" in capsys.readouterr().out
+    monkeypatch.setattr(run_notebooks, "EXTRAS", {"14": ("torch",)})
+    real.write_bytes(good.read_bytes())
+    assert main([]) == 0
+    assert "2 of 2 ok" in capsys.readouterr().out

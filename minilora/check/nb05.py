@@ -1,0 +1,210 @@
+"""Notebook 05: energy, subspaces, amplification, intruders; two predictions about the rank of an update."""
+
+import torch
+from torch import Tensor
+
+from . import Exercise, Prediction
+
+
+def matrix(seed: int, d_out: int, d_in: int, fall: float) -> Tensor:
+    """A matrix whose singular values fall by about `fall` from one to the next."""
+    k = min(d_out, d_in)
+    U, V = (torch.linalg.qr(torch.randn(d, k, dtype=torch.float64)).Q for d in (d_out, d_in))
+    return U * (3 + seed) * fall ** torch.arange(k) @ V.T
+
+
+def draw_share(seed: int) -> tuple[Tensor, float]:
+    # sizes and falls at which every mistake gives another count somewhere
+    return matrix(seed, 18 + seed, 26 - seed, (0.9, 0.85, 0.93, 0.95)[seed]), (0.9, 0.7, 0.95, 0.5)[seed]
+
+
+def counted(delta: Tensor, share: float) -> int:
+    """Takes the largest direction away from the energy until little enough is left."""
+    left = torch.linalg.eigvalsh(delta @ delta.T).clamp_min(0).tolist()  # the squared singular values, smallest first
+    whole, count = sum(left), 0
+    while whole - sum(left) < share * whole:
+        left.pop()
+        count += 1
+    return count
+
+
+def of_spectrum(count):
+    """The mistake that makes `count` of the singular values and the share."""
+    return lambda delta, share: int(count(torch.linalg.svdvals(delta), share))
+
+
+def below(shares: Tensor, share: float) -> Tensor:
+    return (shares < share).sum()
+
+
+def energy(S: Tensor) -> Tensor:
+    return S.square().cumsum(0) / S.square().sum()
+
+
+rank_for_energy = Exercise("rank_for_energy", counted, draw_share, [
+    (of_spectrum(lambda S, share: below(S.cumsum(0) / S.sum(), share) + 1),
+     "the singular values are added; the energy is the sum of their squares"),
+    (of_spectrum(lambda S, share: below(energy(S).sqrt(), share) + 1),
+     "this takes the root of the energy; the share is one of the squared length"),
+    (of_spectrum(lambda S, share: below(energy(S), share)),
+     "one too few: these directions do not yet hold the share, the next one completes it"),
+    (of_spectrum(lambda S, share: below(S.flip(0).square().cumsum(0) / S.square().sum(), share) + 1),
+     "this starts with the smallest directions; svdvals gives the largest first, and so it should stay"),
+    (of_spectrum(lambda S, share: (S.square() / S.square().sum() < share).sum() + 1),
+     "add the energies up (cumsum): no single direction has to hold the share"),
+    (of_spectrum(lambda S, share: (S >= (1 - share) * S[0]).sum()),
+     "this compares each singular value with the largest; the question is what the first few hold together"),
+    (of_spectrum(lambda S, share: round(share * len(S))),
+     "this is the share of the directions, not of the energy they hold"),
+    (lambda delta, share: int(torch.linalg.matrix_rank(delta)),
+     "this is the rank itself, which counts a direction however small it is"),
+])
+
+
+def draw_adapters(seed: int) -> tuple[Tensor, Tensor, int, int]:
+    # rows that are neither orthogonal nor in order of importance, as training leaves them
+    d_in, r1, r2 = 13 + seed, 3 + seed, 6
+    A1, A2 = (torch.randn(r, r, dtype=torch.float64) @ torch.randn(r, d_in, dtype=torch.float64) for r in (r1, r2))
+    A2[:2] += 3 * A1[:2]
+    return A1, A2, (2, 3, 1, 4)[seed], (4, 2, 3, 1)[seed]
+
+
+def projected(A1: Tensor, A2: Tensor, i: int, j: int) -> float:
+    """The trace of one projector times the other, which is the squared norm of U1^T U2."""
+    def projector(A, n):
+        values, vectors = torch.linalg.eigh(A.T @ A)  # ascending
+        return vectors[:, -n:] @ vectors[:, -n:].T
+    return ((projector(A1, i) * projector(A2, j)).sum() / min(i, j)).item()
+
+
+def overlap(A1: Tensor, A2: Tensor, i: int, j: int) -> Tensor:
+    V1, V2 = (torch.linalg.svd(A, full_matrices=False)[2] for A in (A1, A2))
+    return V1[:i] @ V2[:j].T
+
+
+similarity = Exercise("similarity", projected, draw_adapters, [
+    (lambda A1, A2, i, j: ((A1[:i] @ A2[:j].T).square().sum() / min(i, j)).item(),
+     "the rows of A are not orthonormal, and not in order: take the right-singular vectors, Vh of the SVD"),
+    (lambda A1, A2, i, j: ((torch.linalg.qr(A1.T).Q[:, :i].T @ torch.linalg.qr(A2.T).Q[:, :j]).square().sum()
+                           / min(i, j)).item(),
+     "a QR gives orthonormal columns, but in the order of the rows: the SVD puts the most important first"),
+    (lambda A1, A2, i, j: (overlap(A1, A2, i, j).square().sum() / max(i, j)).item(),
+     "divide by the smaller of i and j: a line inside a plane must come out as 1"),
+    (lambda A1, A2, i, j: (overlap(A1, A2, i, j).norm() / min(i, j)).item(),
+     "the norm is squared: without the square a subspace is not similar to itself by 1"),
+    (lambda A1, A2, i, j: overlap(A1, A2, i, j).square().sum().item(),
+     "divide by min(i, j), or a larger subspace always looks more similar"),
+    (lambda A1, A2, i, j: (overlap(A1, A2, j, i).square().sum() / min(i, j)).item(),
+     "i belongs to the first adapter and j to the second; here they are swapped"),
+    (lambda A1, A2, i, j: (overlap(A1, A2, i, j).abs().sum() / min(i, j)).item(),
+     "these are the absolute values; it is the squares that are added"),
+    (lambda A1, A2, i, j: (overlap(A1, A2, len(A1), len(A2)).square().sum() / min(len(A1), len(A2))).item(),
+     "this compares the whole subspaces: take the first i and the first j directions"),
+])
+
+
+def draw_weight_and_update(seed: int) -> tuple[Tensor, Tensor, int]:
+    d_out, d_in = 8 + 2 * seed, 12 - seed
+    return matrix(seed, d_out, d_in, 0.8), 0.3 * matrix(seed, d_out, d_in, 0.6), 2 + seed % 3
+
+
+def amplified(W: Tensor, delta: Tensor, rank: int) -> float:
+    """Measures W by the pairs of directions of delta, one number each."""
+    U, S, Vh = torch.linalg.svd(delta)
+    parts = [(U[:, i] @ W @ Vh[j]).item() for i in range(rank) for j in range(rank)]
+    return (sum(s * s for s in S.tolist()) / sum(p * p for p in parts))**0.5
+
+
+def by_directions(factor):
+    """The mistake that makes `factor` of W, delta, and the leading singular parts of delta."""
+    def mistake(W, delta, rank):
+        U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+        return factor(W, delta, U[:, :rank], S[:rank], Vh[:rank]).item()
+    return mistake
+
+
+amplification_factor = Exercise("amplification_factor", amplified, draw_weight_and_update, [
+    (lambda W, delta, rank: (delta.norm() / W.norm()).item(),
+     "this compares with all of W; the question is how much of W lies along the directions of delta"),
+    (lambda W, delta, rank: amplified(delta, W, rank), "W and delta are swapped: the directions are those of delta"),
+    (by_directions(lambda W, delta, U, S, Vh: S.norm() / (U.T @ W @ Vh.T).norm()),
+     "this counts delta's first directions alone; the paper divides the norm of all of delta"),
+    (by_directions(lambda W, delta, U, S, Vh: (U.T @ W @ Vh.T).norm() / delta.norm()),
+     "upside down: delta's norm is divided by W's, not the other way round"),
+    (by_directions(lambda W, delta, U, S, Vh: delta.norm() / (U.T @ W @ Vh.T).diagonal().norm()),
+     "this takes the diagonal of U^T W V alone; its norm is over all entries"),
+    (by_directions(lambda W, delta, U, S, Vh: delta.norm() / (U.T @ W).norm()),
+     "this projects on the left only: put V on the right as well, U^T W V"),
+    (by_directions(lambda W, delta, U, S, Vh: delta.norm() / (W @ Vh.T).norm()),
+     "this projects on the right only: put U^T on the left as well, U^T W V"),
+    (lambda W, delta, rank: (delta.norm() / torch.linalg.svdvals(W)[:rank].norm()).item(),
+     "this looks along W's own top directions; the question is about those of delta"),
+    (lambda W, delta, rank: amplified(W, delta, min(W.shape)),
+     "along all directions of delta lies nearly all of W: take the first `rank` only"),
+    (lambda W, delta, rank: amplified(W, delta, rank)**2, "the norms are squared; a norm has a root"),
+])
+
+
+def draw_before_and_after(seed: int) -> tuple[Tensor, Tensor, int, float]:
+    # Two new directions come in, a loud and a quiet one; an old one comes up from far below; the first stays the first.
+    d_out, d_in, k = 24 + 2 * seed, 20 + 5 * seed, 5 + seed
+    W0 = matrix(seed, d_out, d_in, 0.9)
+    U, S, Vh = torch.linalg.svd(W0)
+    u, v = (torch.nn.functional.normalize(torch.randn(d, 2, dtype=torch.float64), dim=0) for d in (d_out, d_in))
+    change = u * torch.tensor([1.5, 0.8]) @ v.T + U[:, [0, k + 4]] * torch.tensor([1.5, 1.2]) @ Vh[[0, k + 4]]
+    return W0, W0 + S[0] * change, k, 0.6
+
+
+def by_cosines(count):
+    """The mistake that makes `count` of the |cosines| (old, new) of the left singular vectors, and of k and epsilon."""
+    def mistake(W0, W, k, epsilon):
+        U0, U = (torch.linalg.svd(M, full_matrices=False)[0] for M in (W0, W))
+        return int(count(U0.T @ U, k, epsilon))
+    return mistake
+
+
+def intruding(W0: Tensor, W: Tensor, k: int, epsilon: float) -> int:
+    """Asks for each of the top directions, one at a time, whether an old one is near."""
+    old = torch.linalg.eigh(W0 @ W0.T).eigenvectors[:, -min(W0.shape):]  # those of zero left out
+    new = torch.linalg.eigh(W @ W.T).eigenvectors.flip(1)[:, :k]
+    return sum(all(abs(torch.dot(u, o).item()) < epsilon for o in old.T) for u in new.T)
+
+
+intruders = Exercise("intruders", intruding, draw_before_and_after, [
+    (by_cosines(lambda C, k, e: (C[:, :k].amax(0) < e).sum()),
+     "a singular vector's sign is arbitrary: take the absolute value of the cosine"),
+    (by_cosines(lambda C, k, e: (C.abs()[:k, :k].amax(0) < e).sum()),
+     "this compares with the base's first k directions only; an old direction may have come up from below"),
+    (by_cosines(lambda C, k, e: (C.abs().diagonal()[:k] < e).sum()),
+     "this compares place by place; a direction that only changed its place is no intruder"),
+    (by_cosines(lambda C, k, e: (C.abs().amax(0) < e).sum()), "this looks at all directions of W; take its first k"),
+    (by_cosines(lambda C, k, e: (C.abs()[:, :k].amax(0) >= e).sum()),
+     "these are the directions that are not new: an intruder's largest cosine is below epsilon"),
+    (by_cosines(lambda C, k, e: (C.abs()[:, :k].amin(0) < e).sum()),
+     "nearly every direction is far from some old one: it is the nearest that counts, the largest cosine"),
+    (by_cosines(lambda C, k, e: (C.abs()[:, :k] < e).sum()),
+     "this counts pairs of directions; count a new direction once, if all its cosines are below epsilon"),
+    (by_cosines(lambda C, k, e: (C.abs()[:k].amax(1) < e).sum()),
+     "this counts old directions that are gone: ask for each of the new W's directions whether an old one is near"),
+    (lambda W0, W, k, epsilon: by_cosines(lambda C, k, e: (C.abs()[:, :k].amax(0) < e).sum())(W0.T, W.T, k, epsilon),
+     "these are the right singular vectors; the definition takes the left ones, U"),
+])
+
+
+how_many_directions = Prediction("b", {
+    "a": "That is what the task needs, as the next measurement shows. What full fine-tuning does is another matter: it "
+         "moves every weight, asked or not, and its length is spread over more directions.",
+    "b": "Far from chance, and far from the rank of an adapter.",
+    "c": "That would be an update without any structure, as the control is. The gradients of one task have structure: "
+         "they push the same few directions again and again.",
+    "d": "All of them are used, which is why the matrix has full rank. But most are very short: rank counts them all "
+         "alike, energy does not.",
+})
+
+half_the_energy = Prediction("c", {
+    "a": "Energy is squared length, and length is not work. The leading directions are those that the gradients agree "
+         "on; the rest is long only because there is so much of it.",
+    "b": "The answers do not follow the energy: what was cut away held nearly half of it and next to none of the work.",
+    "c": "The work is in the few directions that all examples push, and the tail only adds length.",
+    "d": "It does matter which: random directions of the same lengths, and the other half itself, both fail.",
+})
