@@ -1,4 +1,4 @@
-"""The experiments' instruments: the adapter's loudness at every step, power laws, Adam's twins, the bottom of a U."""
+"""The experiments' instruments: the adapter's loudness at every step, power laws and Adam's twins."""
 
 import copy
 
@@ -9,7 +9,7 @@ from small import our_llama
 
 from minilora import LoRAConfig
 from minilora.desk import IGNORE
-from minilora.experiments import best_rate, slope, twins, watched
+from minilora.experiments import slope, twins, watched
 from minilora.insert import lora_layers
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -105,7 +105,7 @@ def test_twins_leave_the_base_alone(base):
     assert before.keys() == after.keys() and all(torch.equal(t, after[name]) for name, t in before.items())
 
 
-# Lines and parabolas
+# Lines
 
 
 @pytest.mark.parametrize("power", [-1.5, -0.5, 0, 1])
@@ -115,16 +115,3 @@ def test_a_slope_is_the_power(power):
     noisy = 7 * x**power * np.exp([0.1, -0.1, 0.1, -0.1, 0.1])
     assert slope(x, noisy) == pytest.approx(power, abs=0.05) and slope(x, noisy) == pytest.approx(
         np.cov(np.log(x), np.log(noisy))[0, 1] / np.var(np.log(x), ddof=1))
-
-
-@pytest.mark.parametrize("bottom", [2e-3, 4e-3, 8e-3])
-def test_the_bottom_of_a_parabola_is_found(bottom):
-    rates = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
-    losses = np.exp(0.3 * np.log(np.array(rates) / bottom) ** 2 - 4)
-    assert best_rate(rates, losses) == pytest.approx(bottom, rel=1e-9)
-
-
-@pytest.mark.parametrize("losses", [[1, 2, 3], [3, 2, 1]])
-def test_a_best_rate_at_the_end_of_the_sweep_is_an_error(losses):
-    with pytest.raises(ValueError, match="must lie inside the sweep, got 0"):
-        best_rate([0.01, 0.03, 0.1], losses)
