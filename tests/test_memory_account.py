@@ -350,6 +350,13 @@ def test_175b_is_answered_at_once_without_torch():
     ("--model llama-3-8b --attention eager", "fused attention alone"),
     ("--config /nowhere", "there is no /nowhere"),
     ("", "--model"),
+    ("--model gpt2 --family llama", "--family goes with --config"),
+    ("--model gpt2 --prompt 100", "--prompt goes with --serve"),
+    ("--model gpt2 --serve --method full", "--method goes with training"),
+    ("--model gpt2 --zero 3", "cards must be 2 or more"),
+    ("--model gpt2 --card a100", "near it: a100-40, a100-80"),
+    ("--model llama-3-8b --targets all_linear", "near it: all-linear"),
+    ("--model gpt2 --use-dora", "unrecognized arguments: --use-dora"),
 ])
 def test_bad_input_is_one_line(arguments, words, capsys):
     assert main(["memory", *arguments.split()]) == 2
@@ -370,3 +377,28 @@ def test_the_command_reads_a_config_folder(tmp_path, capsys):
     assert bill["run"]["target_modules"] == ["q_proj", "v_proj"]
     assert sum(item["bytes"] for item in bill["items"]) == bill["peak"]
     assert main(command) == 0 and f"{bill['peak']:,}" in capsys.readouterr().out
+    command[4] = "q_proj, v_proj"
+    assert main([*command, "--family", "mistral", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["model"]["family"] == "mistral" and again["peak"] == bill["peak"]
+    assert main(["memory", "--model", "gpt2", "--serve", "--prompt", "100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"]["prompt"] == 100
+
+
+@pytest.mark.parametrize("command", ["models", "cards", "claims", "memory --model bloom-176b --card h100",
+                                     "fit --model llama-3.1-405b --method full --seq 2048"])
+def test_a_hundred_columns_are_enough(command, capsys):
+    assert main(command.split()) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+
+
+def test_all_but_the_trace_do_without_torch():
+    """Every command of the accountant, in one process that has neither torch nor numpy."""
+    program = """
+import sys
+sys.modules["torch"] = sys.modules["numpy"] = None
+from minilora.__main__ import main
+for line in ("models", "cards", "claims", "fit --model gpt2 --card t4", "memory --model gpt2 --serve --json"):
+    assert main(line.split()) == 0, line
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

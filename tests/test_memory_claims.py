@@ -33,5 +33,6 @@ def test_a_verdict_can_be_either():
 
 
 def test_the_command(capsys):
-    assert main(["claims"]) == 0 and "not reproducible" in capsys.readouterr().out
+    assert main(["claims"]) == 0 and "not reproducible" in (out := capsys.readouterr().out)
+    assert "8 of 10 reproduced" in out
     assert main(["claims", "--json"]) == 0 and len(json.loads(capsys.readouterr().out)) == len(EXPECTED)

@@ -181,6 +181,8 @@ GOOD = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediat
     ({"model_type": None}, "no model_type"),
     ({"model_type": "qwen9", "text_config": {}}, "text_config"),
     ({"model_type": "granite"}, "say family llama"),
+    ({"model_type": "mixtral", "num_local_experts": 8}, "layers of several experts are not priced"),
+    ({"num_local_experts": 8}, "num_local_experts is 8; layers of several experts are not priced"),
 ])
 def test_a_broken_config_says_which_field(change, words):
     with pytest.raises(ValueError) as error:

@@ -7,7 +7,7 @@ through the two is followed to the real number. That takes milliseconds for any 
 
 import json
 import sys
-from argparse import BooleanOptionalAction
+from argparse import SUPPRESS, BooleanOptionalAction
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -121,6 +121,8 @@ class Training(Run):
         super().__post_init__()
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if self.zero and self.cards == 1:
+            raise ValueError(f"zero {self.zero} shares a step out over several cards: cards must be 2 or more, got 1")
         if self.streamed and (self.method == "full" or not self.checkpointing or self.cards > 1):
             raise ValueError(f"a base on the {self.base} visits layer by layer: that needs a frozen base (method lora "
                              "or qlora), checkpointing, and one card")
@@ -414,7 +416,7 @@ def memory_command(parser, arguments: list[str]) -> None:
     add_run_options(parser)
     parser.add_argument("--card", help="also say whether it fits this card: `cards` lists them")
     parser.add_argument("--serve", action="store_true", help="answer prompts instead of training")
-    serving = parser.add_argument_group("with --serve")
+    serving = parser.add_argument_group("with --serve, in the place of --seq and of all that trains")
     for field in fields(Serving):
         if field.name not in Training.__dataclass_fields__:
             add_option(serving, field)
@@ -437,6 +439,7 @@ def add_run_options(parser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="a known one: `models` lists them")
     which.add_argument("--config", help="a folder with a Hugging Face config.json")
+    parser.add_argument("--family", help="read that config as this model_type, whatever it says of itself")
     parser.add_argument("--targets", help="names with commas between, a regular expression, or all-linear")
     for field in fields(Training):
         if field.name != "target_modules":
@@ -447,19 +450,26 @@ def add_run_options(parser) -> None:
 def add_option(parser, field) -> None:
     name, default = "--" + field.name.replace("_", "-"), field.default
     if isinstance(default, bool):
-        parser.add_argument(name, action=BooleanOptionalAction, default=default)
+        parser.add_argument(name, action=BooleanOptionalAction, default=SUPPRESS, help=f"default {default}")
     else:
         known = "".join(f"{value}, " for value in KNOWN.get(field.name, ()))
-        parser.add_argument(name, type=type(default), default=default, metavar=field.name.upper(),
+        parser.add_argument(name, type=type(default), default=SUPPRESS, metavar=field.name.upper(),
                             help=f"{known}default {default}")
 
 
 def spec_of(options) -> ModelSpec:
-    return ModelSpec.preset(options.model) if options.model else ModelSpec.from_config(options.config)
+    if options.family and options.model:
+        raise ValueError("--family goes with --config: the family of a known model is known")
+    return ModelSpec.preset(options.model) if options.model else ModelSpec.from_config(options.config, options.family)
 
 
 def run_of(options, kind: type = Training) -> Training | Serving:
     targets = options.targets
     if targets and targets != ALL_LINEAR and not set(targets) & set("*+?|()[]{}\\^$"):
-        targets = tuple(targets.split(","))
-    return kind(**{f.name: getattr(options, f.name, targets) for f in fields(kind)} | {"target_modules": targets})
+        targets = tuple(target.strip() for target in targets.split(","))
+    given = {"target_modules": targets} | {f.name: getattr(options, f.name) for f in fields(Training) + fields(Serving)
+                                           if hasattr(options, f.name)}
+    if stray := [name for name in given if name not in kind.__dataclass_fields__]:
+        raise ValueError(f"--{stray[0].replace('_', '-')} goes " + ("with --serve" if kind is Training else
+                         "with training, not with --serve"))
+    return kind(**given)

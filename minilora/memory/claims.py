@@ -1,10 +1,10 @@
 """What papers say of memory, each claim put to our arithmetic: reproduced, or not, and why."""
 
 import json
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
-from ..tables import table
 from .account import Training, estimate, four_bit_bytes
 from .models import ModelSpec
 
@@ -64,8 +64,8 @@ def claims() -> tuple[Claim, ...]:
               f"43.1 / 32.5 is {43.1 / 32.5 - 1:.0%} more tokens a second; 25% it is only as time a token, "
               f"{1 - 32.5 / 43.1:.0%} less", judge(1 - 32.5 / 43.1, 0.25)),
         Claim("LoRA, table 3", "GPT-2 medium trains 0.35M parameters",
-              f"r = 4 on q and v is {pairs:,}, and the released checkpoint is 1.5 MB = {pairs * 4 / MIB:.1f} MiB of "
-              "fp32", judge(pairs, 0.35e6)),
+              f"r = 4 on q and v is {pairs:,}, and the released checkpoint of 1.5 MB is as many in "
+              f"fp32, {4 * pairs:,} bytes", judge(pairs, 0.35e6)),
         Claim("QLoRA (2305.14314), 2 and 3",
               "NF4 with double quantisation costs 4.127 bits a parameter, 0.373 less than without",
               f"counted from stored bytes: {bits:.3f}, {single - bits:.3f} less", judge(bits, 4.127)),
@@ -97,5 +97,7 @@ def claims_command(parser, arguments: list[str]) -> None:
     if parser.parse_args(arguments).json:
         print(json.dumps([asdict(claim) for claim in claims()], indent=2))
         return
-    print(table(("source", "claim", ""), [(c.source, c.says, c.verdict) for c in claims()]))
-    print("\n" + "\n\n".join(f"{c.source}: {c.says}\n  {c.ours}" for c in claims()))
+    for c in claims():
+        print(f"{c.verdict}: {c.source}", *(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  ")
+                                            for text in (c.says, c.ours)), sep="\n", end="\n\n")
+    print(f"{sum(c.verdict == REPRODUCED for c in claims())} of {len(claims())} reproduced")

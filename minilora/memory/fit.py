@@ -95,13 +95,14 @@ class Fit:
         rows = [(v.card.name, v.answer, f"{bytes_text(v.usable[0])} to {bytes_text(v.usable[1])}", bytes_text(v.margin),
                  self.cards[v.card.name] or f"over {MOST_CARDS}") for v in self.verdicts]
         need = self.verdicts[0].need
-        parts = [f"peak {bytes_text(self.bill.peak)} at: {self.bill.moment}; with fragmentation and scratch "
+        parts = [f"peak {bytes_text(self.bill.peak)} at: {self.bill.moment}\nwith fragmentation and scratch: "
                  f"{bytes_text(need[0])} to {bytes_text(need[1])}",
                  table(("card", "", "usable", "margin", "cards with ZeRO-3"),
                        [tuple(str(cell) for cell in row) for row in rows])]
         if self.batch is not None:
+            whole = " (the model's context)" * (self.seq == self.bill.spec.context)
             parts.append(f"the largest batch at this length: {self.batch or 'none'}\n"
-                         f"the longest sequence at this batch: {self.seq or 'none'}")
+                         f"the longest sequence at this batch: {self.seq or 'none'}{whole}")
         if self.changes:
             parts.append(table(("change", "saves", "then"), [(c.what, bytes_text(c.saves), c.answer)
                                                              for c in self.changes]))
@@ -171,7 +172,7 @@ def fewest_cards(spec: ModelSpec, run: Training, card: Card) -> int | None:
     """How many cards the run takes at least when all share everything out (ZeRO-3), each with the run's batch."""
     if run.streamed:
         return 1 if judge(priced(spec, run), card).answer == FITS else None
-    fits = lambda n: judge(priced(spec, replace(run, cards=n, zero=3 if n > 1 else run.zero)), card).answer == FITS
+    fits = lambda n: judge(priced(spec, replace(run, cards=n, zero=3 if n > 1 else 0)), card).answer == FITS
     if fits(1):
         return 1
     too_few = largest(lambda n: not fits(n), MOST_CARDS)
@@ -210,7 +211,7 @@ CHANGES: dict[str, Callable[[Training], dict]] = {
     "our decoder and adapters": lambda r: {"implementation": "minilora", "attention": "fused"},
     "share it all out over 2 cards (ZeRO-3)": lambda r: {"cards": 2 * r.cards, "zero": 3},
     "stream the base from the host, layer by layer": lambda r: STREAMED if r.method != "full" else {},
-    "stream a 4-bit base from the host": lambda r: STREAMED | {"method": "qlora"},
+    "stream a 4-bit base from the host": lambda r: STREAMED | {"method": "qlora"} if r.method != "qlora" else {},
 }
 
 

@@ -60,6 +60,7 @@ NAMES = {
     "opt": {"intermediate_size": "ffn_dim"},
     "bloom": {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "max_position_embeddings": "seq_length"},
 }
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 MOST = {"num_hidden_layers": 10_000}  # no model is deeper
 ACTIVATION_FIELD = {"gpt2": "activation_function", "opt": "activation_function", "gemma2": "hidden_activation",
                     "bloom": "activation"}
@@ -173,7 +174,7 @@ class ModelSpec:
             one = LoRAConfig(target_modules=entry if isinstance(wanted, str) else (entry,))
             hits = [{m for m in linears if one.matches(f"{self.layout.layer}{i}.{m.name}")} for i in range(self.layers)]
             if not any(hits):
-                near = get_close_matches(entry, short, 3, 0.5)
+                near = get_close_matches(entry.lower(), [*short, ALL_LINEAR], 3, 0.5)
                 raise ValueError(f"target {entry!r} matches no linear of a layer of {self.name}; "
                                  + (f"near it: {', '.join(near)}" if near else f"there are: {', '.join(short)}"))
             if any(h != hits[0] for h in hits):
@@ -211,6 +212,8 @@ class ModelSpec:
         kind = family or config.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(unknown_family(kind, config, name))
+        if experts := next((field for field in EXPERTS if config.get(field)), None):
+            raise ValueError(f"{name}: {experts} is {config[experts]!r}; layers of several experts are not priced")
         f, names = FAMILIES[kind], NAMES.get(kind, {})
 
         def size(field: str, default: int | None = None, least: int = 1) -> int:
@@ -290,8 +293,10 @@ def unknown_family(kind: object, config: Mapping, name: str) -> str:
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     lacks = [field for field in needed if field not in config]
     what = "says no model_type" if kind is None else f"is of model_type {kind!r}"
+    if any(config.get(field) for field in EXPERTS):
+        return f"{name} {what}; layers of several experts are not priced"
     read = (f"as a llama it lacks {', '.join(lacks)}" if lacks else "it has all sizes of a llama: if it is built as "
-            "one, say family llama")
+            "one, say family llama (--family llama)")
     if isinstance(config.get("text_config"), Mapping):
         read = "its decoder stands in text_config: give that part alone"
     return f"{name} {what}; {near(str(kind), FAMILIES)}; {read}"
@@ -300,7 +305,8 @@ def unknown_family(kind: object, config: Mapping, name: str) -> str:
 def near(wanted: str, names: Iterable[str]) -> str:
     """The names a mistyped one may have meant, for an error message."""
     names = list(names)
-    close = get_close_matches(wanted.lower(), names, 3, 0.5) or [n for n in names if wanted.lower() in n][:3]
+    wanted = wanted.lower()
+    close = list(dict.fromkeys([n for n in names if wanted in n] + get_close_matches(wanted, names, 3, 0.5)))[:3]
     return f"near it: {', '.join(close)}" if close else f"there are: {', '.join(names)}"
 
 
@@ -361,6 +367,7 @@ def models_command(parser, arguments: list[str]) -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
     else:
-        body = [(name, *("yes" if v is True else "no" if v is False else v for v in row.values()))
-                for name, row in rows.items()]
-        print(table(("model", *(c.replace("_", " ") for c in columns)), body))
+        body = [(s.name, s.layers, s.hidden, f"{s.heads}/{s.kv_heads}", s.head_dim, s.ffn, s.vocab, s.context,
+                 "yes" if s.tied else "no", s.parameters) for s in PRESETS.values()]
+        print(table(("model", "layers", "hidden", "heads/kv", "head dim", "ffn", "vocab", "context", "tied",
+                     "parameters"), body))
