@@ -24,7 +24,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ROW = re.compile(r"^\|(.+)\|(.+)\|(.+)\|[ \t]*$", re.MULTILINE)
 SOURCE = re.compile(r"\s*\(([^()]*\b(?:lesson|paper|concept|insight|troubleshooting|connection|section|theorem|table"
                     r"|figure|abstract|appendix|title)\b[^()]*)\)\s*$", re.IGNORECASE)
-FIGURES = (("02", 0), ("03", 0))  # (notebook, which of its figures)
+FIGURES = (("06", 0), ("11", 1))  # (notebook, which of its figures)
 QUESTION = ("memory --model llama-3-8b --method qlora --rank 16 --targets all-linear --batch 1 --seq 2048 "
             "--checkpointing --card rtx-4090")
 HEART = {"01": "a census of one training step, formula against measured bytes",
