@@ -139,7 +139,7 @@ class Training(Run):
 
     @property
     def shares(self) -> dict[str, int]:
-        """Part -> of how many cards each keeps a share. Gradients that accumulate are whole until they are exchanged."""
+        """Part -> of how many cards each keeps a share. Gradients that accumulate are whole until exchanged."""
         if self.streamed:
             return {"frozen weights": 0}
         sharded = (("optimizer", "optimizer temporaries"), ("gradients",) if self.accumulation == 1 else (),
@@ -188,7 +188,6 @@ class Training(Run):
         return {"weights, gathered in forward": others(every) * self.accumulation,
                 "layers, gathered in backward": others(every - outer) * self.accumulation,
                 "gradients, summed": others(trained)}
-
 
     def flops(self, spec: ModelSpec) -> int:
         """Floating-point operations of a step's matrix products and attention, those of adapters left out: two a

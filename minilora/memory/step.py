@@ -140,7 +140,7 @@ def need(package: str):
     try:
         return __import__(package)
     except ImportError:
-        raise ValueError(f"tracing a Hugging Face architecture needs transformers and peft, for qlora bitsandbytes too, "
+        raise ValueError("tracing a Hugging Face architecture needs transformers and peft, for qlora bitsandbytes too, "
                          f"and {package} is not installed: pip install {package}") from None
 
 
