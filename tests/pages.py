@@ -22,8 +22,8 @@ from minilora.check import Estimate, Prediction, brief
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ROW = re.compile(r"^\|(.+)\|(.+)\|(.+)\|[ \t]*$", re.MULTILINE)
-SOURCE = re.compile(r"\s*\(([^()]*\b(?:lesson|paper|concept|insight|troubleshooting|connection|section|theorem|table"
-                    r"|figure|abstract|appendix|title)\b[^()]*)\)\s*$", re.IGNORECASE)
+# A source: in brackets at the end of a claim. "paper" alone is LoRA's; other papers and issues go by their names.
+SOURCE = re.compile(r"\s*\(((?:the lesson|paper|rsLoRA|[A-Z])[^()]*)\)\s*$")
 FIGURES = (("06", 0), ("11", 1))  # (notebook, which of its figures)
 QUESTION = ("memory --model llama-3-8b --method qlora --rank 16 --targets all-linear --batch 1 --seq 2048 "
             "--checkpointing --card rtx-4090")
@@ -70,23 +70,20 @@ def claims(path: Path) -> list[Claim]:
     found = []
     for text, shown, verdict in ROW.findall(table)[2:]:
         source = SOURCE.search(text)
-        short = r"^(?=concept|key insight|troubleshooting|connection)"
-        who = re.sub(short, "the lesson, ", source[1]) if source else ""
-        found.append(Claim(path, SOURCE.sub("", text).strip(), who, shown.strip(), verdict.strip()))
+        found.append(Claim(path, SOURCE.sub("", text).strip(), source[1] if source else "", shown.strip(),
+                           verdict.strip()))
     return found
 
 
 def ledger() -> str:
-    """Every claim that someone else made, the lesson's first, then the LoRA paper's, then those of other papers."""
+    """Every claim that someone else made, the lesson's part by part, then the LoRA paper's, then those of others."""
     everything = [claim for path in NOTEBOOKS for claim in claims(path) if claim.source]
-    lesson = re.compile("lesson|concept|insight|troubleshooting|connection", re.IGNORECASE)
-    rank = {id(c): 0 if lesson.search(c.source) else 1 if re.search(r"^(the )?paper\b", c.source) else 2
-            for c in everything}
+    order = ("the lesson", "paper")
     lines = ["| claim | made in | tested in | verdict |", "|---|---|---|---|"]
-    for c in sorted(everything, key=lambda c: rank[id(c)]):
+    for c in sorted(everything, key=lambda c: ([not c.source.startswith(who) for who in order], c.source)):
         where = f"[{c.notebook.name[:2]}](notebooks/{c.notebook.name})"
         if c.cells:
-            where += f", cell{'s' * (len(c.cells) > 1)} {', '.join(map(str, c.cells))}"
+            where += f", cell{'s' * (len(c.cells) > 1)} {', '.join(map(str, sorted(c.cells)))}"
         lines.append(f"| {c.text} | {c.source} | {where} | {c.verdict} |")
     return "\n".join(lines)
 

@@ -2,9 +2,16 @@
 
 import re
 
+import nbformat
 import pages
 import pytest
 
+PARTS = ["title", *(f"{part} {n}" for part, last in (("concept", 3), ("troubleshooting", 3), ("connection", 2),
+                                                     ("key insight", 3)) for n in range(1, last + 1))]
+PART = "|".join([*PARTS, "why this matters"])
+PLACE = r"(abstract|appendix \w|(section|table|figure|theorem) \d+(\.\d+)*|sections \d+(\.\d+)* and \d+(\.\d+)*)"
+FORMS = (rf"the lesson, ({PART})( and ({PART}))?", rf"paper, {PLACE}( and {PLACE})?",
+         rf"[A-Za-z][\w .]+(, {PLACE}( and {PLACE})?| #\d+)?")
 TEXTS = [pages.ROOT / "README.md", *(pages.ROOT / "notebooks").glob("*.md")]
 
 
@@ -31,10 +38,37 @@ def test_links_lead_somewhere(page):
 def test_a_claim_is_read_as_it_stands(tmp_path):
     book = pages.nbformat.v4.new_notebook(cells=[pages.nbformat.v4.new_markdown_cell(
         "# 07 · A\n\n## What you can now claim\n\n| claim | shown by | verdict |\n|---|---|---|\n"
-        "| B starts at zero (concept 2; the paper, section 4.1) | the curve, cells 3, 5 and 12 | Confirmed |\n"
+        "| B starts at zero (the lesson, concept 2; paper, section 4.1) | the curve, cells 3, 5 and 12 | Confirmed |\n"
         "| ours alone (at r = 8) | cell 4 | Refuted |\n\n**Next: notebook 08**")])
     pages.nbformat.write(book, tmp_path / "07_a.ipynb")
     first, second = pages.claims(tmp_path / "07_a.ipynb")
-    assert (first.text, first.source) == ("B starts at zero", "the lesson, concept 2; the paper, section 4.1")
+    assert (first.text, first.source) == ("B starts at zero", "the lesson, concept 2; paper, section 4.1")
     assert (first.cells, first.verdict) == ([3, 5, 12], "Confirmed")
     assert (second.text, second.source, second.cells) == ("ours alone (at r = 8)", "", [4])
+
+
+@pytest.mark.parametrize("path", pages.NOTEBOOKS, ids=lambda path: path.stem)
+def test_sources_are_written_alike(path):
+    for claim in pages.claims(path):
+        for source in filter(None, claim.source.split("; ")):
+            of = FORMS[0] if source.startswith("the lesson") else FORMS[1] if source.startswith("paper") else FORMS[2]
+            assert re.fullmatch(of, source), f"{source}: expected the form {of}"
+        unread = re.search(r"\((?!a common )[^()]*\)$", claim.text)
+        assert claim.source or not unread, f"no source is read in {claim.text}"
+
+
+@pytest.mark.parametrize("path", pages.NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_claim_of_others_names_the_cells_that_show_it(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    outputs = {cell.execution_count: cell.outputs for cell in cells}
+    sourced = [claim for claim in pages.claims(path) if claim.source]
+    assert sourced
+    for claim in sourced:
+        assert claim.cells or claim.verdict.startswith("Not testable here"), f"no cell shows: {claim.text}"
+        assert [n for n in claim.cells if not outputs.get(n)] == [], f"cells that show nothing: {claim.text}"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_of_the_lesson_is_in_the_ledger(part):
+    made_in = [row.split(" | ")[1] for row in pages.ledger().splitlines()[2:]]
+    assert any(re.search(rf"the lesson, ([^;]* and )?{part}\b", source) for source in made_in)
