@@ -230,8 +230,7 @@ class Decoder:
                 return tape.fused_attention(q, k, v, rows * run.seq)
             padded = lambda t: tape.unary(t, "padded", count=t.count // spec.head_dim * (-(-spec.head_dim // 8) * 8))
             y = tape.fused_attention(*(padded(tape.amp(t)) for t in (q, k, v)), rows * run.seq)
-            y = tape.slice(y, q.count)
-            return tape.copy(y) if spec.heads > 1 else y
+            return tape.copy(tape.slice(y, q.count))
         if not grouped:
             return tape.fused_attention(q, k, v, rows * -(-run.seq // 32) * 32)
         return tape.plain_attention(q, k, v, run.batch, run.seq, spec.heads, q.width)
@@ -246,15 +245,7 @@ class OurDecoder(Decoder):
         self.angles = [tape.state(*size, "buffers", "rotary table") for _ in range(2)]
 
     def whole_loss(self) -> Tensor:
-        """`train.reply_loss`: the sum over the targets that count, divided by how many those are."""
-        tape = self.tape
-        which = tape.new(self.targets.count, 1, "targets that count")
-        counted = tape.new(1, 8, "number of targets")
-        del which
-        total = tape.cross_entropy(self.head_of(self.decode()), self.targets)
-        width = total.width
-        node = tape.node("mean", [total], [counted], lambda s, g, n: [tape.new(1, width, "gradient of the sum")])
-        return tape.new(1, width, "loss", node=node)
+        return self.tape.cross_entropy(self.head_of(self.decode()), self.targets)
 
     def embed(self) -> list[Tensor]:
         with self.tape.inside("embed_tokens"):
