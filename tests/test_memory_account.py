@@ -70,11 +70,11 @@ def test_our_decoder_byte_for_byte_with(method, options):
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("head_dim, batch, seq, checkpointing", [(10, 5, 61, False), (10, 5, 61, True),
-                                                                 (16, 2, 30, True)])
-def test_sizes_that_do_not_divide(method, mode, head_dim, batch, seq, checkpointing):
+@pytest.mark.parametrize("heads, head_dim, batch, seq, checkpointing", [
+    (6, 10, 5, 61, False), (6, 10, 5, 61, True), (6, 16, 2, 30, True), (1, 10, 5, 61, True)])
+def test_sizes_that_do_not_divide(method, mode, heads, head_dim, batch, seq, checkpointing):
     """Heads that flash attention pads to a multiple of 8; weights whose last block of 64 is not full; odd rows."""
-    config = LlamaConfig(101, 36, 25, 1, 6, num_key_value_heads=3, head_dim=head_dim, max_position_embeddings=64,
+    config = LlamaConfig(101, 36, 25, 1, heads, num_key_value_heads=-(-heads // 2), head_dim=head_dim, max_position_embeddings=64,
                          tie_word_embeddings=True)
     run = Training(method, 3, ALL, batch=batch, seq=seq, checkpointing=checkpointing, **MODES[mode])
     assert estimate(ModelSpec.from_config(config.to_hf()), run).peak == traced(config, run)

@@ -230,7 +230,8 @@ class Decoder:
                 return tape.fused_attention(q, k, v, rows * run.seq)
             padded = lambda t: tape.unary(t, "padded", count=t.count // spec.head_dim * (-(-spec.head_dim // 8) * 8))
             y = tape.fused_attention(*(padded(tape.amp(t)) for t in (q, k, v)), rows * run.seq)
-            return tape.copy(tape.slice(y, q.count))
+            y = tape.slice(y, q.count)
+            return tape.copy(y) if spec.heads > 1 else y  # a single head's rows need not be laid out anew
         if not grouped:
             return tape.fused_attention(q, k, v, rows * -(-run.seq // 32) * 32)
         return tape.plain_attention(q, k, v, run.batch, run.seq, spec.heads, q.width)
