@@ -1,5 +1,6 @@
 """The allocation trace: against real runs, the CPU's own allocator and sums by hand; and where CUDA differs."""
 
+import copy
 import importlib
 import json
 import sys
@@ -501,3 +502,12 @@ def test_without_transformers_the_command_says_so(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert main(["trace", "--config", str(folder), "--method", "qlora", "--seq", "16"]) == 2
     assert "bitsandbytes is not installed: pip install bitsandbytes" in capsys.readouterr().err
+
+
+def test_a_copied_model_traces_as_the_model_does():
+    """Its tensors' mode must not be copied with it: tensors of two modes do not mix."""
+    with fake():
+        model = MLP()
+        twin, x = copy.deepcopy(model), torch.randn(5, 12)
+    peaks = {measure(lambda: m(x).square().sum().backward()).peak for m in (model, twin)}
+    assert len(peaks) == 1 and peaks.pop() > 0

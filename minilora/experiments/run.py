@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -87,13 +88,13 @@ def measured(name: str) -> dict:
     return json.loads(path.read_text())
 
 
-def record(name: str, rows: list[dict], command: str) -> None:
-    """Write rows to data/measured/ with the command and the machine that made them."""
+def record(name: str, rows: list[dict], command: str, folder: Path = DATA / "measured", **more) -> None:
+    """Write rows to data/measured/ (or `folder`) with the command and the machine that made them, and what `more` says."""
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     lines = ",\n".join(json.dumps(row) for row in rows)
-    head = json.dumps({"command": command, "machine": machine})[:-1]
-    (DATA / "measured").mkdir(exist_ok=True)
-    (DATA / "measured" / f"{name}.json").write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
+    head = json.dumps({"command": command, "machine": machine, **more})[:-1]
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
 
 
 EVERYWHERE = ATTENTION + MLP

@@ -31,7 +31,7 @@ OPTIMIZERS = {
 
 def training_step(config, method: str = "lora", rank: int = 16, target_modules=ALL_LINEAR, batch: int = 1,
                   seq: int = 512, optimizer: str = "adamw", dtype: str = "bfloat16", autocast: bool = False,
-                  checkpointing: bool = False, dropout: float = 0.0) -> Callable[[], None]:
+                  checkpointing: bool = False, dropout: float = 0.0, device: str = "cpu") -> Callable[[], None]:
     """Make a model, its data and its optimizer; return the function that runs one step of training on them.
 
     Call it inside `with fake():` for a step to trace (``measure(step)``), outside for one that really runs.
@@ -47,6 +47,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
         dtype: of the weights; adapters are fp32, which is the default of both implementations.
         autocast: run the forward under bf16 autocast (mixed precision: with fp32 weights).
         checkpointing: recompute each layer in backward.
+        device: where a step that really runs has its tensors; fake ones are the CPU's, whatever they follow.
 
     Raises:
         ValueError: an unknown name, a size below 1 or above the context, or a package missing.
@@ -63,15 +64,14 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
     if seq > (context := getattr(config, "max_position_embeddings", None) or seq):
         raise ValueError(f"seq {seq} is longer than the model's context of {context}")
     lora = LoRAConfig(rank, 2 * rank, target_modules, dropout) if method != "full" else None
-    if isinstance(config, LlamaConfig):
-        model, loss_of = our_model(config, lora, DTYPES[dtype], checkpointing, method == "qlora")
-    else:
-        model, loss_of = hugging_face_model(config, lora, DTYPES[dtype], checkpointing, method == "qlora")
+    make = our_model if isinstance(config, LlamaConfig) else hugging_face_model
+    with torch.device(device):
+        model, loss_of = make(config, lora, DTYPES[dtype], checkpointing, method == "qlora")
+        ids, targets = (torch.randint(config.vocab_size, (batch, seq)) for _ in range(2))  # (B, T)
     opt = OPTIMIZERS[optimizer]([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
-    ids, targets = (torch.randint(config.vocab_size, (batch, seq)) for _ in range(2))  # (B, T)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
             loss = loss_of(model, ids, targets)
         loss.backward()
         opt.step()
@@ -81,7 +81,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
 
 
 def our_model(config: LlamaConfig, lora: LoRAConfig | None, dtype: torch.dtype, checkpointing: bool, four_bit: bool):
-    model = Llama(config, seed=0).to(dtype)
+    model = Llama(config).to(dtype)
     if four_bit:
         quantise_model(model)
     if lora:

@@ -59,6 +59,9 @@ class Fake(FakeTensorMode):
         self.fake_tensor_converter.meta_converter.tensor_memo.clear()
         return out
 
+    def __deepcopy__(self, memo):
+        return self  # a copy of a model refers to its tensors' mode
+
 
 FAKE = Fake()  # one for all: fake tensors of two modes do not mix
 

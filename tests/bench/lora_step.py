@@ -15,6 +15,8 @@ import random
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from blocks import ALL, ATTENTION, PEERS, adapted, stack
@@ -44,13 +46,21 @@ def step(model: nn.Module, x: torch.Tensor, opt: torch.optim.Optimizer | None) -
         opt.zero_grad()
 
 
-def measure(base: nn.Module, rank: int, targets: tuple, x: torch.Tensor, rounds: int, dropout: float, clock) -> dict:
+def contestants(base: nn.Module, rank: int, targets: tuple, dropout: float = 0.0) -> dict[str, Callable[[], nn.Module]]:
+    """Row -> what makes its model."""
+    rows = {"the floor": lambda: copy.deepcopy(base).requires_grad_(False)}
+    rows |= {peer: partial(adapted, base, peer, rank, targets, dropout) for peer in PEERS}
+    return rows | {"full fine-tuning": lambda: copy.deepcopy(base)}
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer | None:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trainable, lr=1e-4, fused=True) if trainable else None
+
+
+def measure(models: dict[str, nn.Module], x: torch.Tensor, rounds: int, clock) -> dict[str, list[float]]:
     """Row -> seconds of its steps."""
-    models = {"the floor": copy.deepcopy(base).requires_grad_(False)}
-    models |= {peer: adapted(base, peer, rank, targets, dropout) for peer in PEERS}
-    models["full fine-tuning"] = copy.deepcopy(base)
-    trainable = {name: [p for p in m.parameters() if p.requires_grad] for name, m in models.items()}
-    optimizers = {name: torch.optim.AdamW(ps, lr=1e-4, fused=True) if ps else None for name, ps in trainable.items()}
+    optimizers = {name: optimizer_of(m) for name, m in models.items()}
     seconds, order = defaultdict(list), list(models)
     for i in range(rounds + 2):  # two to warm up
         random.Random(i).shuffle(order)
@@ -83,7 +93,8 @@ def main() -> None:
     x = torch.randn(a.batch, a.seq, a.width, dtype=getattr(torch, a.dtype), device=a.device, requires_grad=True)
     for scene in list(SCENES) if a.scene is None else [list(SCENES)[a.scene]]:
         rank, targets = SCENES[scene]
-        seconds = measure(base, rank, targets, x, a.rounds, a.dropout, clock)
+        models = {name: make() for name, make in contestants(base, rank, targets, a.dropout).items()}
+        seconds = measure(models, x, a.rounds, clock)
         floor = statistics.median(seconds["the floor"])
         least, added = flops(base, rank, targets, a.batch, a.seq)
         print(f"\n{scene}; {a.blocks} blocks, width {a.width}, {a.batch} x {a.seq} tokens, {a.dtype}, {a.device}, "

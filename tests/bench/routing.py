@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from minilora import AdapterBank
 from minilora.desk import load_base
 
-ROWS, NAMES = 32, [f"adapter{i}" for i in range(8)]
+ROWS = 32
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANKS = {"all of rank 8": [8] * 8, "ranks 2 to 16": [2, 4, 8, 16] * 2}
 
 
-def files(base: nn.Module, targets: list[str], ranks: list[int], folder: str) -> None:
-    for name, rank in zip(NAMES, ranks, strict=True):
+def files(base: nn.Module, targets: list[str], ranks: dict[str, int], folder: str) -> None:
+    for name, rank in ranks.items():
         model = get_peft_model(copy.deepcopy(base), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
         with torch.no_grad():
             for key, p in model.named_parameters():
@@ -61,17 +61,18 @@ def near(a: Tensor, b: Tensor) -> bool:
 
 @torch.no_grad()
 def measure(base: nn.Module, targets: list[str], ranks: list[int], x: Tensor, rounds: int, clock) -> tuple[dict, dict]:
-    """Median seconds of a forward by row, and of a switch of adapter by library."""
-    names = [NAMES[i % 8] for i in range(ROWS)]
+    """Median seconds of a forward by row, and of a switch of adapter by library; one adapter for each of `ranks`."""
+    adapters = [f"adapter{i}" for i in range(len(ranks))]
+    names = [adapters[i % len(ranks)] for i in range(len(x))]
     bank, single = AdapterBank(copy.deepcopy(base)), AdapterBank(copy.deepcopy(base))
     inside = AdapterBank(copy.deepcopy(base))  # stays in one route
     with tempfile.TemporaryDirectory() as folder:
-        files(base, targets, ranks, folder)
-        for name in NAMES:
+        files(base, targets, dict(zip(adapters, ranks)), folder)
+        for name in adapters:
             for b in (bank, single, inside):
                 b.load(name, Path(folder) / name)
-        theirs = PeftModel.from_pretrained(copy.deepcopy(base), Path(folder) / NAMES[0], NAMES[0]).eval()
-        for name in NAMES[1:]:
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), Path(folder) / adapters[0], adapters[0]).eval()
+        for name in adapters[1:]:
             theirs.load_adapter(str(Path(folder) / name), name)
 
     def routed() -> Tensor:
@@ -79,10 +80,10 @@ def measure(base: nn.Module, targets: list[str], ranks: list[int], x: Tensor, ro
             return bank.model(x)
 
     with inside.route(names):
-        single.use(NAMES[2])
-        theirs.set_adapter(NAMES[2])
-        alone, mixed = single.model(x), routed()
-        assert near(theirs(x), alone) and near(mixed[2::8], alone[2::8]) and not near(mixed, alone)
+        single.use(adapters[-1])
+        theirs.set_adapter(adapters[-1])
+        alone, mixed, its = single.model(x), routed(), slice(len(ranks) - 1, None, len(ranks))  # its rows
+        assert near(theirs(x), alone) and near(mixed[its], alone[its]) and near(mixed, alone) == (len(ranks) == 1)
         assert near(theirs(x, adapter_names=names), mixed)
         forward = interleaved({
             "base": lambda: base(x),
@@ -94,8 +95,8 @@ def measure(base: nn.Module, targets: list[str], ranks: list[int], x: Tensor, ro
         }, rounds, clock)
     turn = iter(range(10**9))
     switch = interleaved({
-        "ours": lambda: bank.use(NAMES[next(turn) % 8]),
-        "PEFT": lambda: theirs.set_adapter(NAMES[next(turn) % 8]),
+        "ours": lambda: bank.use(adapters[next(turn) % len(ranks)]),
+        "PEFT": lambda: theirs.set_adapter(adapters[next(turn) % len(ranks)]),
     }, 10 * rounds, clock)
     return forward, switch
 
