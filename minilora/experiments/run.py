@@ -20,6 +20,7 @@ from ..train import Log, train
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+EVERYWHERE = ATTENTION + MLP
 LR = {"lora": 1e-2, "full": 1e-3}  # what the learning-rate sweep found best on tone
 
 
@@ -95,9 +96,6 @@ def record(name: str, rows: list[dict], command: str, folder: Path = DATA / "mea
     head = json.dumps({"command": command, "machine": machine, **more})[:-1]
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
-
-
-EVERYWHERE = ATTENTION + MLP
 
 
 def rounded_row(row: dict, digits: int = 4) -> dict:
