@@ -600,6 +600,34 @@ def family_latency() -> list[dict]:
     return [{"method": name, "ratio": round(median(times[3:]) / base, 3)} for name, times in seconds.items()]
 
 
+# ---------------------------------------------------------------- notebook 13: candidates for shipping
+
+CANDIDATES = {  # name -> modules, rank, base
+    "q and v, rank 1": (("q_proj", "v_proj"), 1, "base"),
+    "q and v, rank 8": (("q_proj", "v_proj"), 8, "base"),
+    "all, rank 1": (EVERYWHERE, 1, "base"),
+    "all, rank 2": (EVERYWHERE, 2, "base"),
+    "all, rank 8": (EVERYWHERE, 8, "base"),
+    "all, rank 2, random weights": (EVERYWHERE, 2, "random"),
+}
+
+
+def candidate(task: str, name: str, seed: int = 0) -> tuple[Run, dict]:
+    """A run of one of `CANDIDATES`, and its row: its size and its scores on the validation file, none on the test."""
+    modules, rank, base = CANDIDATES[name]
+    run = adapt(task, LoRAConfig(rank, 2 * rank, modules), base=base, steps=60, seed=seed)
+    validation = load_task(task).validation
+    loss, exact = evaluate(run.model, validation)
+    return run, rounded_row({"task": task, "candidate": name, "rank": rank, "seed": seed, "trained": run.log.trained,
+                             "loss": loss, "right": round(exact * len(validation)), "of": len(validation)})
+
+
+@sweep
+def candidates() -> list[dict]:
+    """Notebook 13: ranks and targets to choose from, and the control on random weights, by the validation file alone."""
+    return [candidate(task, name, seed)[1] for task, name, seed in grid(("tone", "ticket"), CANDIDATES, range(2))]
+
+
 def rounded_row(row: dict, digits: int = 4) -> dict:
     """A row with its floats, also those in lists, rounded for a file."""
     return {key: [round(x, digits) for x in value] if isinstance(value, list) else
