@@ -7,10 +7,11 @@ import pytest
 import torch
 from small import our_llama
 
-from minilora import LoRAConfig
-from minilora.desk import IGNORE
+from minilora import LoRAConfig, experiments
+from minilora.desk import IGNORE, load_task
 from minilora.experiments import best_rate, slope, twins, watched
 from minilora.insert import lora_layers
+from minilora.train import Log
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -128,3 +129,20 @@ def test_the_bottom_of_a_parabola_is_found(bottom):
 def test_a_best_rate_at_the_end_of_the_sweep_is_an_error(losses):
     with pytest.raises(ValueError, match="must lie inside the sweep, got 0"):
         best_rate([0.01, 0.03, 0.1], losses)
+
+
+def test_a_candidate_is_scored_on_the_validation_file_alone(monkeypatch):
+    asked, scored = {}, []
+
+    def adapt(task, config, **settings):
+        asked.update(settings, task=task, config=config)
+        return experiments.Run(torch.nn.Module(), Log(trained=7), loss=9.0, exact=0.125)  # what the test file said
+
+    monkeypatch.setattr(experiments, "adapt", adapt)
+    monkeypatch.setattr(experiments, "evaluate", lambda model, examples: scored.append(examples) or (0.51236, 0.915))
+    run, row = experiments.candidate("ticket", "all, rank 2, random weights", seed=1)
+    assert (asked["task"], asked["base"], asked["seed"]) == ("ticket", "random", 1)
+    assert (asked["config"].rank, asked["config"].scaling_of("up_proj"), len(asked["config"].target_modules)) == (2, 2, 7)
+    assert scored == [load_task("ticket").validation] and run.exact == 0.125
+    assert row == {"task": "ticket", "candidate": "all, rank 2, random weights", "rank": 2, "seed": 1, "trained": 7,
+                   "loss": 0.5124, "right": 183, "of": 200}

@@ -3,8 +3,8 @@
 from . import Exercise, Prediction
 
 equals = Prediction("c", {
-    "a": "Two hundred replies sound like many. But of 200 some ten are wrong, by chance a few more or a few fewer.",
-    "b": "It would be so for a gap of about 5 replies or more. A gap of 3 is smaller than what chance does most days.",
+    "a": "200 messages sound like many. But only some ten replies are wrong, and by chance a few more or a few fewer.",
+    "b": "So it is for a gap of about 8 replies. A gap of 3 is less than what chance does most of the time.",
     "c": "Chance alone does it more often than not. So 3 replies say nothing about which of two candidates is better: "
          "the cheaper one wins.",
     "d": "Equal models are equal on average. On the same 200 messages each makes its own mistakes.",
