@@ -624,7 +624,7 @@ def candidate(task: str, name: str, seed: int = 0) -> tuple[Run, dict]:
 
 @sweep
 def candidates() -> list[dict]:
-    """Notebook 13: ranks and targets to choose from, and the control on random weights, by the validation file alone."""
+    """Notebook 13: ranks and targets to choose from, with the control on random weights, by the validation file."""
     return [candidate(task, name, seed)[1] for task, name, seed in grid(("tone", "ticket"), CANDIDATES, range(2))]
 
 

@@ -142,7 +142,8 @@ def test_a_candidate_is_scored_on_the_validation_file_alone(monkeypatch):
     monkeypatch.setattr(experiments, "evaluate", lambda model, examples: scored.append(examples) or (0.51236, 0.915))
     run, row = experiments.candidate("ticket", "all, rank 2, random weights", seed=1)
     assert (asked["task"], asked["base"], asked["seed"]) == ("ticket", "random", 1)
-    assert (asked["config"].rank, asked["config"].scaling_of("up_proj"), len(asked["config"].target_modules)) == (2, 2, 7)
+    config = asked["config"]
+    assert (config.rank, config.scaling_of("up_proj"), len(config.target_modules)) == (2, 2, 7)
     assert scored == [load_task("ticket").validation] and run.exact == 0.125
     assert row == {"task": "ticket", "candidate": "all, rank 2, random weights", "rank": 2, "seed": 1, "trained": 7,
                    "loss": 0.5124, "right": 183, "of": 200}

@@ -11,8 +11,8 @@ equals = Prediction("c", {
 })
 
 ceiling = Prediction("b", {
-    "a": "Each trained number costs its value, its gradient and two of Adam's, and still one rank more is little beside "
-         "16 GB of frozen weights: the card carries on for longer than the file.",
+    "a": "Each trained number costs its value, its gradient and two of Adam's, and still one rank more is little "
+         "beside 16 GB of frozen weights: the card carries on for longer than the file.",
     "b": "The customer's allowance for the file ends it first, the card one doubling later. Both are ceilings, not "
          "advice: what rank is needed, the validation file says.",
     "c": "The card and the file are unrelated limits: one holds the whole base beside the adapter, the other holds the "
@@ -122,8 +122,8 @@ merged_copies = Exercise("merged_copies", peel, HOUSES.__getitem__, [
      "the copies are not all: the others need the shared base and their adapters"),
     (most(lambda k, n, base, adapter: (k + 1) * base + (n - k) * adapter),
      "when every customer has a copy, nobody is routed: the shared base need not stay"),
-    (one_by_one, "with one more it may fit again: when every customer has a copy, the shared base goes. Try all numbers "
-                 "of copies"),
+    (one_by_one, "with one more it may fit again: when every customer has a copy, the shared base goes. Try all "
+                 "numbers of copies"),
     (most(lambda k, n, base, adapter: k * base + (base if k < n else 0)),
      "the adapters of those who are routed take memory too"),
     (most(lambda k, n, base, adapter: k * base + n * adapter + (base if k < n else 0)),
