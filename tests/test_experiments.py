@@ -8,9 +8,10 @@ import torch
 from small import our_llama
 
 from minilora import LoRAConfig
-from minilora.desk import IGNORE
-from minilora.experiments import slope, twins, watched
+from minilora.desk import IGNORE, load_task
+from minilora.experiments import shipping, slope, twins, watched
 from minilora.insert import lora_layers
+from minilora.train import Log
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -115,3 +116,21 @@ def test_a_slope_is_the_power(power):
     noisy = 7 * x**power * np.exp([0.1, -0.1, 0.1, -0.1, 0.1])
     assert slope(x, noisy) == pytest.approx(power, abs=0.05) and slope(x, noisy) == pytest.approx(
         np.cov(np.log(x), np.log(noisy))[0, 1] / np.var(np.log(x), ddof=1))
+
+
+def test_a_candidate_is_scored_on_the_validation_file_alone(monkeypatch):
+    asked, scored = {}, []
+
+    def adapt(task, config, **settings):
+        asked.update(settings, task=task, config=config)
+        return shipping.Run(torch.nn.Module(), Log(trained=7), loss=9.0, exact=0.125)  # what the test file said
+
+    monkeypatch.setattr(shipping, "adapt", adapt)
+    monkeypatch.setattr(shipping, "evaluate", lambda model, examples: scored.append(examples) or (0.51236, 0.915))
+    run, row = shipping.candidate("ticket", "all, rank 2, random weights", seed=1)
+    assert (asked["task"], asked["base"], asked["seed"]) == ("ticket", "random", 1)
+    config = asked["config"]
+    assert (config.rank, config.scaling_of("up_proj"), len(config.target_modules)) == (2, 2, 7)
+    assert scored == [load_task("ticket").validation] and run.exact == 0.125
+    assert row == {"task": "ticket", "candidate": "all, rank 2, random weights", "rank": 2, "seed": 1, "trained": 7,
+                   "loss": 0.5124, "right": 183, "of": 200}

@@ -14,5 +14,6 @@ from .merging import SHAPES, interleaved, latency, merged_latency
 from .places import targets
 from .relatives import FAMILY, family, family_latency
 from .scaling import limits, norm_of_all, race, ranks, slope, twins, watched
+from .shipping import CANDIDATES, candidate, candidates
 from .spectra import pooled, rebuilt, shared_directions, spectra, updates
 from .wire import exchange, wire, wire_command
