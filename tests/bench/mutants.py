@@ -102,7 +102,8 @@ MUTANTS = [
            "random = rank / math.sqrt(W.numel()) * W.norm()",
            "random = rank / W.numel() * W.norm()"),
     Mutant("an intruder resembles some direction", "spectrum.py", ".abs().amax(0) for x in", ".abs().amin(0) for x in"),
-    Mutant("NF4 takes the positive quantiles for the negative half", "quant.py", "-half(count // 2 - 1).flip(0)", "-half(count // 2).flip(0)[1:]"),
+    Mutant("NF4 takes the positive quantiles for the negative half", "quant.py",
+           "-half(count // 2 - 1).flip(0)", "-half(count // 2).flip(0)[1:]"),
     Mutant("a block's mean is not added back", "quant.py", ".mul_(scale[:, None]).add_(mean)", ".mul_(scale[:, None])"),
     Mutant("the two codes of a byte change places", "quant.py", "code[:, ::2] * 16 + code[:, 1::2]",
            "code[:, 1::2] * 16 + code[:, ::2]"),
@@ -165,7 +166,7 @@ def unit(copy: Path, room: str) -> str:
     first = sorted(copy.glob(f"tests/test_{name}*.py")) or [copy / "tests" / "test_insert.py"]
     rest = sorted(p for p in copy.glob("tests/test_*.py") if p not in first
                   and p.name not in ("test_notebooks.py", "test_pages.py", "test_run_notebooks.py"))
-    return seen(copy, *map(str, first)) or seen(copy, *map(str, rest))  # to collect all takes long, and is rarely needed
+    return seen(copy, *map(str, first)) or seen(copy, *map(str, rest))  # to collect all takes long
 
 
 def notebooks(copy: Path, order: list[str]) -> str:
