@@ -202,3 +202,7 @@ def main() -> int:
     print(f"{len(results)} bugs: {units} seen by the unit tests, {told} by the notebooks; "
           f"{time.perf_counter() - start:.0f} s")
     return int(options.only != "notebooks" and units < len(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
