@@ -6,8 +6,8 @@
 
 Each bug is one replaced piece of text in a copy of the repository. The unit tests run until one fails, those of the
 broken room first; then, on their own, the notebooks, quick ones first, each executed and compared with its stored
-outputs as nbval does, until one differs. A bug that neither sees is a test to write. A table at the end; exit code 1 if
-the unit tests miss one.
+outputs as nbval does, until one differs. A bug that neither sees is a test to write. One line a bug; exit code 1 if the
+unit tests miss one.
 """
 
 import argparse
@@ -192,16 +192,17 @@ def main() -> int:
             return (mutant, "" if options.only == "notebooks" else unit(copy, mutant.room),
                     "" if options.only == "unit" else notebooks(copy, order))
 
-    start = time.perf_counter()
+    start, units, told = time.perf_counter(), 0, 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(tqdm(pool.map(attempt, chosen), total=len(chosen), unit="bug"))
-    for mutant, by_unit, by_notebook in results:
-        print(f"{mutant.room}: {mutant.what}")
-        print(f"    unit tests: {by_unit or 'NOT SEEN'}\n    notebooks:  {by_notebook or 'not seen'}")
-    units, told = (sum(bool(r[i]) for r in results) for i in (1, 2))
-    print(f"{len(results)} bugs: {units} seen by the unit tests, {told} by the notebooks; "
+        for mutant, by_unit, by_notebook in tqdm(pool.map(attempt, chosen), total=len(chosen), unit="bug"):
+            units, told = units + bool(by_unit), told + bool(by_notebook)
+            found = {"unit tests": by_unit, "notebooks": by_notebook}
+            shown = (f"{who} {what or 'SEE NOTHING'}" for who, what in found.items() if who.startswith(options.only or ""))
+            tqdm.write(f"{mutant.room}: {mutant.what}: {', '.join(shown)}", file=sys.stdout)
+            sys.stdout.flush()
+    print(f"{len(chosen)} bugs: {units} seen by the unit tests, {told} by the notebooks; "
           f"{time.perf_counter() - start:.0f} s")
-    return int(options.only != "notebooks" and units < len(results))
+    return int(options.only != "notebooks" and units < len(chosen))
 
 
 if __name__ == "__main__":
