@@ -1,8 +1,9 @@
 """Writes what the notebooks already say into the pages that gather it: ``python tests/pages.py``.
 
-README.md gets two of the figures, an answer of the memory calculator, the map of the notebooks and the ledger of
-claims; notebooks/TEACHING.md gets the misconception behind each wrong answer to a prediction. A generated part stands
-between ``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types there. A test holds the pages against the notebooks.
+README.md gets two of the figures, an answer of the memory calculator and how far such answers are off, the map of the
+notebooks and the ledger of claims; notebooks/TEACHING.md gets the misconception behind each wrong answer to a
+prediction. A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types there. A test holds
+the pages against the notebooks.
 """
 
 import base64
@@ -18,6 +19,7 @@ import nbformat
 
 from minilora.__main__ import main
 from minilora.check import Estimate, Prediction, brief
+from minilora.experiments import measured
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -144,7 +146,19 @@ def answer() -> str:
     return f"```\n$ python -m minilora {QUESTION}\n{out.getvalue().rstrip()}\n```"
 
 
-PAGES = {ROOT / "README.md": {"figures": figures, "answer": answer, "map": sequence, "ledger": ledger},
+def accuracy() -> str:
+    """How far the calculators of tests/bench/memory_peers.py are from the trace, over the fine-tunes each answers."""
+    rows = measured("peers")["rows"]
+    lines = ["| calculator | answers | mean difference from the trace | lowest | highest |", "|---|---|---|---|---|"]
+    for who in [key for key in rows[0] if key not in ("model", "options", "trace")]:
+        off = [row[who] / row["trace"] - 1 for row in rows if row[who]]
+        lines.append(f"| {'minilora' if who == 'ours' else who} | {len(off)} of {len(rows)} "
+                     f"| {sum(map(abs, off)) / len(off):.1%} | {min(off):+.1%} | {max(off):+.1%} |")
+    return "\n".join(lines)
+
+
+PAGES = {ROOT / "README.md": {"figures": figures, "answer": answer, "accuracy": accuracy, "map": sequence,
+                              "ledger": ledger},
          ROOT / "notebooks" / "TEACHING.md": {"misconceptions": misconceptions}}
 
 

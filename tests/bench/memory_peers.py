@@ -9,6 +9,8 @@ fragmentation are taken without it where they say how large it is. "-" is a fine
 accelerate: its `estimate-memory` asks the Hub for the model, so its formula is called directly: four times the weights
 for Adam. DeepSpeed: the formula of `estimate_zero3_model_states_mem_needs`, one card, nothing offloaded: 18 bytes a
 parameter that it takes to be trained, 4 more for the largest layer; activations are not in it.
+
+Written to data/measured/peers.json, from which README.md has its table.
 """
 
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from minilora.experiments.run import record
 from minilora.memory import ModelSpec, Training, estimate, fake, trace, training_step
 from minilora.tables import table
 from test_memory_models import on_meta, transformers_config
@@ -98,20 +101,18 @@ def answer(peer, *question) -> float:
 
 
 if __name__ == "__main__":
-    rows, errors = [], {name: [] for name in ("ours", *PEERS)}
+    rows, records = [], []
     for name, options in RUNS:
         spec, run = ModelSpec.preset(name), Training(implementation="transformers", **options)
         config = transformers_config(spec)
         config.dtype = getattr(torch, run.dtype)
         truth, model = traced(spec, run, config), on_meta(config)
         answers = {"ours": estimate(spec, run).peak} | {p: answer(peer, spec, run, model) for p, peer in PEERS.items()}
-        for who, value in answers.items():
-            errors[who].append(value / truth - 1)
-        cells = [f"{v / 2**30:.2f} ({v / truth - 1:+.1%})" if v == v else "-" for v in answers.values()]
+        answers = {who: int(value) if value == value else None for who, value in answers.items()}  # NaN: no answer
         what = ", ".join(f"{k} {v if isinstance(v, (int, str)) else '+'.join(v)}" for k, v in options.items())
+        records.append({"model": name, "options": what, "trace": truth, **answers})
+        cells = [f"{v / 2**30:.2f} ({v / truth - 1:+.1%})" if v else "-" for v in answers.values()]
         rows.append((f"{name} {what}", f"{truth / 2**30:.2f}", *cells))
         print(rows[-1], flush=True, file=sys.stderr)
-    known = {who: [abs(e) for e in found if e == e] for who, found in errors.items()}
-    means = (f"{sum(e) / len(e):.1%} of {len(e)}" for e in known.values())
-    rows.append(("mean absolute difference", "", *means))
     print(table(("fine-tune", "trace", "ours", *PEERS), rows))
+    record("peers", records, "python tests/bench/memory_peers.py")

@@ -197,7 +197,8 @@ def main() -> int:
         for mutant, by_unit, by_notebook in tqdm(pool.map(attempt, chosen), total=len(chosen), unit="bug"):
             units, told = units + bool(by_unit), told + bool(by_notebook)
             found = {"unit tests": by_unit, "notebooks": by_notebook}
-            shown = (f"{who} {what or 'SEE NOTHING'}" for who, what in found.items() if who.startswith(options.only or ""))
+            shown = (f"{who} {what or 'SEE NOTHING'}" for who, what in found.items()
+                     if who.startswith(options.only or ""))
             tqdm.write(f"{mutant.room}: {mutant.what}: {', '.join(shown)}", file=sys.stdout)
             sys.stdout.flush()
     print(f"{len(chosen)} bugs: {units} seen by the unit tests, {told} by the notebooks; "
