@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from minilora import (LoRAConfig, fingerprint, inject, load_adapter, lora_parameters, merge, plan, remove, report,
                       save_adapter)
-from minilora import stream
+from minilora import store, stream
 from minilora.__main__ import main
 from minilora.family import IA3, BitFit, PromptTuning
 from minilora.family import insert as insert_relative
@@ -28,7 +29,8 @@ from minilora.memory.blocks import LOSS_CHUNK
 from minilora.memory.streamed import bytes_of
 from minilora.memory.trace import fake, trace
 from minilora.quant import quantise_model
-from minilora.stream import Source, Store, StreamedLlama, build_store
+from minilora.store import Source, Store, build_store
+from minilora.stream import StreamedLlama
 from minilora.train import reply_loss, train
 from small import IDS, SIZES, logits, shake
 
@@ -319,7 +321,7 @@ def test_random_weights_are_those_of_the_seed(tmp_path):
 
 def interrupted(monkeypatch, folder: Path, shards: int) -> None:
     """Build a store that is stopped after so many shards, in the middle of writing the next."""
-    count, save = iter(range(99)), stream.save_file
+    count, save = iter(range(99)), store.save_file
 
     def stop(tensors, path, metadata):
         if next(count) == shards:
@@ -328,7 +330,7 @@ def interrupted(monkeypatch, folder: Path, shards: int) -> None:
         save(tensors, path, metadata)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stream, "save_file", stop)
+        patch.setattr(store, "save_file", stop)
         build_store(CONFIG, folder, "nf4")
 
 
@@ -350,7 +352,7 @@ def test_an_interrupted_build_is_refused_by_name_and_goes_on(tmp_path, monkeypat
 KILLED = """
 import sys
 from minilora.llama import LlamaConfig
-from minilora.stream import build_store
+from minilora.store import build_store
 print("go", flush=True)
 build_store(LlamaConfig(64, 256, 512, 40, 4), sys.argv[1], "nf4")
 """
@@ -444,7 +446,7 @@ def test_a_checkpoint_is_read_shard_by_shard(tmp_path):
 import resource, sys
 import torch, torch._dynamo  # which modules on the meta device import by themselves
 from minilora.memory.streamed import bytes_of
-from minilora.stream import build_store
+from minilora.store import build_store
 torch.set_num_threads(1)
 before = bytes_of("VmData")
 resource.setrlimit(resource.RLIMIT_DATA, (before + int(sys.argv[3]), -1))
@@ -466,7 +468,8 @@ TRAINED = """
 import sys
 import torch
 from minilora import LoRAConfig, inject
-from minilora.stream import Store, StreamedLlama
+from minilora.store import Store
+from minilora.stream import StreamedLlama
 from minilora.train import train
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -498,7 +501,7 @@ def test_killed_in_training_it_goes_on_from_its_checkpoint(folder, tmp_path):
 
 
 def safe_metadata(path: Path) -> dict:
-    with stream.safe_open(path, framework="pt") as f:
+    with safe_open(path, framework="pt") as f:
         return f.metadata()
 
 

@@ -25,7 +25,8 @@ from ..config import ALL_LINEAR, LoRAConfig, need
 from ..insert import inject
 from ..llama import LlamaConfig, read_json
 from ..quant import LEVELS
-from ..stream import RECIPE, Source, Store, StreamedLlama, Traffic, build_store
+from ..store import RECIPE, Source, Store, build_store
+from ..stream import StreamedLlama, Traffic
 from ..tables import bytes_text, table
 from ..train import train
 from .account import Bill, Training, estimate

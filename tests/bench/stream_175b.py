@@ -17,7 +17,8 @@ from minilora import LoRAConfig, inject, lora_parameters
 from minilora.llama import LlamaConfig
 from minilora.memory import ModelSpec, Training, estimate
 from minilora.memory.trace import fake, trace
-from minilora.stream import Store, StreamedLlama
+from minilora.store import Store
+from minilora.stream import StreamedLlama
 from minilora.train import reply_loss
 
 GIB = 2**30

@@ -28,7 +28,8 @@ import torch
 
 from minilora import LoRAConfig, inject, lora_parameters
 from minilora.llama import LlamaConfig
-from minilora.stream import Store, StreamedLlama, build_store
+from minilora.store import Store, build_store
+from minilora.stream import StreamedLlama
 from minilora.train import reply_loss
 
 CONFIG = LlamaConfig(4096, 1024, 2816, 32, 8, max_position_embeddings=512)
