@@ -1,4 +1,4 @@
-"""The decoder of the notebooks: a Llama in about 250 lines, and the reading and writing of its checkpoint folders.
+"""The decoder of the notebooks: a Llama in about 270 lines, and the reading and writing of its checkpoint folders.
 
 Parameter names are Hugging Face's (``model.layers.0.self_attn.q_proj.weight`` ...), so a real Llama, Mistral or
 Qwen2 checkpoint folder loads unchanged, and an adapter trained here opens there.
@@ -14,7 +14,6 @@ width and V the vocabulary.
 import json
 import math
 import os
-from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -174,9 +173,13 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.quick = None  # see `quick`
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
+        if self.quick:  # x / sqrt(sum of squares + C eps) * sqrt(C) weight: a third of the calls
+            scale, least = self.quick
+            return x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(least)).mul_(scale)
         if x.dtype == weight.dtype == torch.float32:
             return F.rms_norm(x, weight.shape, weight, self.eps)
         wide = x.float()
@@ -197,12 +200,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
         self.o_proj = nn.Linear(q, c.hidden_size, bias=c.attention_out_bias)
         self.heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)  # of q, k, v
-        self.joined = None  # see `joined`
+        self.quick = {}  # see `quick`
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "Cache | None",
                 layer: int) -> Tensor:
-        if self.joined:
-            qkv = self.joined(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + K + K, T, D)
+        if "qkv" in self.quick:
+            qkv = self.quick["qkv"](x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + K + K, T, D)
             qk, v = qkv.split((sum(self.heads[:2]), self.heads[2]), dim=1)
             q, k = rotate(qk, cos, sin).split(self.heads[:2], dim=1)
         else:
@@ -213,7 +216,8 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)  # (B, K, T seen, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
                                            enable_gqa=self.grouped)
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, H D) -> (B, T, C)
+        out = self.quick.get("o") or self.o_proj
+        return out(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, H D) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -224,13 +228,14 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
-        self.joined = None  # see `joined`
+        self.quick = {}  # see `quick`
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.joined:
-            gate, up = self.joined(x).chunk(2, dim=-1)  # (B, T, F) each
-            return self.down_proj(F.silu(gate) * up)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C) -> (B, T, F) -> (B, T, C)
+        down = self.quick.get("down") or self.down_proj
+        if "gate_up" in self.quick:
+            gate, up = self.quick["gate_up"](x).chunk(2, dim=-1)  # (B, T, F) each
+            return down(F.silu(gate) * up)
+        return down(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C) -> (B, T, F) -> (B, T, C)
 
 
 class Block(nn.Module):
@@ -267,10 +272,10 @@ class Cache:
 
 
 class Joined:
-    """Linears that share their input, as one product: x @ (in, sum of out)."""
+    """Linears that share their input, as one product: x @ (in, sum of out), the layout that is fastest for few rows."""
 
     def __init__(self, *linears: nn.Linear):
-        self.weight = torch.cat([p.weight for p in linears]).T.contiguous()  # so that few rows of x go faster
+        self.weight = torch.cat([p.weight.T for p in linears], dim=1)
         self.bias = torch.cat([p.bias for p in linears]) if linears[0].bias is not None else None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -278,24 +283,39 @@ class Joined:
         return y if self.bias is None else y + self.bias
 
 
+SHARED = {"self_attn": {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",)},  # what has one input
+          "mlp": {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}}
+
+
 @contextmanager
-def joined(layers: Iterable["Block"]):
-    """Within, q, k, v are one product and so are gate and up: where weights are small, calls are what a token costs.
+def quick(decoder: "Decoder"):
+    """Within, a token costs fewer and cheaper calls, which where weights are small are what it costs: q, k, v are one
+    product and so are gate and up, and a norm is four calls. Only for inference in fp32: no gradient, other roundings.
 
     Linears that are adapted, hooked or large stay as they are: large ones would cost memory and gain nothing. So do
     those of a block with a hook before it, which may bring weights (stream.py's does).
     """
-    parts = [(m, [getattr(m, f"{name}_proj") for name in names]) for block in layers if not block._forward_pre_hooks
-             for m, names in ((block.self_attn, "qkv"), (block.mlp, ("gate", "up")))]
-    for module, linears in parts:
-        if all(type(p) is nn.Linear and not p._forward_hooks and not p._forward_pre_hooks
-               and p.weight.numel() <= 2**20 for p in linears):
-            module.joined = Joined(*linears)
+    changed = []
+    for block in decoder.layers:
+        if block._forward_pre_hooks:
+            continue
+        for module, parts in ((getattr(block, name), parts) for name, parts in SHARED.items()):
+            for name, members in parts.items():
+                linears = [getattr(module, member) for member in members]
+                if all(type(p) is nn.Linear and not p._forward_hooks and not p._forward_pre_hooks
+                       and p.weight.numel() <= 2**20 for p in linears):
+                    module.quick[name] = Joined(*linears)
+            changed.append((module, {}))
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            if type(norm) is RMSNorm and norm.weight.dtype == torch.float32:
+                n = norm.weight.numel()
+                norm.quick = norm.weight * math.sqrt(n), norm.weight.new_tensor(math.sqrt(n * norm.eps))
+                changed.append((norm, None))
     try:
         yield
     finally:
-        for module, _ in parts:
-            module.joined = None
+        for module, plain in changed:
+            module.quick = plain
 
 
 class Decoder(nn.Module):
@@ -377,7 +397,7 @@ class Llama(nn.Module):
                              f"{ids.shape[1]} and max_new {max_new}")
         cache, out, step = Cache(ids.shape[1] + max_new), [ids[:, :0]], ids
         done = torch.zeros_like(ids[:, :1], dtype=torch.bool)  # (B, 1)
-        with torch.inference_mode(), joined(self.model.layers):  # inference mode: less work an operation than no_grad
+        with torch.inference_mode(), quick(self.model):  # inference mode: less work an operation than no_grad
             while len(out) <= max_new and not done.all():
                 # only the last position's logits are needed, so the head never sees the rest
                 step = self.lm_head(self.model(step, cache)[:, -1:]).argmax(-1)  # (B, 1)

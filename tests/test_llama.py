@@ -192,14 +192,14 @@ def test_generation_joins_plain_linears_only_and_leaves_no_trace():
     block.self_attn.q_proj.register_forward_hook(lambda *_: seen.append("q"))
     inject(block.mlp, LoRAConfig(2, target_modules=("up_proj",)))
     last = model.lm_head.register_forward_hook(lambda *_: seen.append(
-        [bool(m.joined) for b in (block, other) for m in (b.self_attn, b.mlp)]))
+        [" ".join(m.quick) for b in (block, other) for m in (b.self_attn, b.mlp)]))
     assert torch.equal(model.generate(IDS[:, :6], 4), expected)
-    assert seen == ["q", [False, False, True, True]] * 4  # a hook and an adapter are obeyed
+    assert seen == ["q", ["o", "down", "qkv o", "gate_up down"]] * 4  # a hook and an adapter are obeyed
     last.remove()
     other.self_attn.o_proj.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.generate(IDS[:, :6], 4)
-    assert all(m.joined is None for b in model.model.layers for m in (b.self_attn, b.mlp))
+    assert not any(getattr(m, "quick", None) for m in model.modules())
 
 
 def test_what_is_generated_can_be_trained_on():

@@ -156,7 +156,7 @@ def seen(copy: Path, *arguments: str) -> str:
                           env=environment, capture_output=True, text=True)
     if done.returncode == 0:
         return ""
-    failed = [line.split(" - ")[0].split()[-1] for line in done.stdout.splitlines()
+    failed = [line.split(" - ")[0].partition(" ")[2] for line in done.stdout.splitlines()
               if line.startswith(("FAILED", "ERROR"))]
     return Path(failed[0]).name if failed else f"pytest ended with {done.returncode}"
 
