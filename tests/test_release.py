@@ -13,6 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from nbgrader.preprocessors import ClearSolutions
 
 from minilora.check import CheckFailed
+from minilora.grade import definitions, exercises
 from minilora.release import main, release, strip
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -104,6 +105,20 @@ def test_nbgrader_strips_the_same(book):
 def test_nbgrader_strips_the_same_from_every_notebook(path):
     book = nbformat.read(path, as_version=4)
     assert same_as_nbgrader(book) and "SOLUTION" in nbformat.writes(book)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem[:2])
+def test_every_checker_of_a_released_notebook_points_to_its_hint(path):
+    cells = strip(json.loads(path.read_text()))["cells"]
+    names, checks = {"__name__": "__main__"}, exercises(path)
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile(definitions("".join(cell["source"])), path.name, "exec"), names)
+    for name, check in checks.items():
+        with pytest.raises(CheckFailed, match="is not written yet; the folded cell below has a hint"):
+            check(names[name])
+        (at,) = (i for i, c in enumerate(cells) if "".join(c["source"]).endswith(f".{name}({name})"))
+        assert "".join(cells[at + 1]["source"]).startswith("<details>")  # the hint that the message speaks of
 
 
 @pytest.mark.parametrize("old, new", [
