@@ -1,21 +1,28 @@
 """Writes what the notebooks already say into the pages that gather it: ``python tests/pages.py``.
 
-README.md gets two of the figures, an answer of the memory calculator and how far such answers are off, the map of the
-notebooks and the ledger of claims; notebooks/TEACHING.md gets the misconception behind each wrong answer to a
-prediction. A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types there. A test holds
-the pages against the notebooks.
+README.md gets two of the figures, an answer of the memory calculator, how far such answers are off, what was measured
+on a card, the map of the notebooks and the ledger of claims; notebooks/TEACHING.md gets the misconception behind each
+wrong answer to a prediction. A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types
+there. A test holds the pages against the notebooks.
 """
 
 import base64
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+
+sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+
+import run as gpu
+from common import measured_rows
 
 from minilora.__main__ import main
 from minilora.check import Estimate, Prediction, brief
@@ -157,8 +164,23 @@ def accuracy() -> str:
     return "\n".join(lines)
 
 
-PAGES = {ROOT / "README.md": {"figures": figures, "answer": answer, "accuracy": accuracy, "map": sequence,
-                              "ledger": ledger},
+def card() -> str:
+    """What tests/gpu/run.py measures, and what its records say."""
+    lines = ["| | rows | on a card |", "|---|---|---|"]
+    described = dict(re.findall(r"run\.py (\w+) +(.+): (?:data/measured/)?gpu_\w+\.json", gpu.__doc__))
+    for name, benchmark in gpu.BENCHMARKS.items():
+        file, found = gpu.RECORDS / f"gpu_{name}.json", "not measured yet"
+        if file.exists():
+            record = json.loads(file.read_text())
+            missed, rows = len(benchmark.misses(record)), len(measured_rows(record))
+            found = f"{record['card']}, {record['date']}: {rows} rows, " + (f"{missed} goals missed" if missed else
+                                                                           "every goal met")
+        lines.append(f"| `{name}`: {described[name]} | {len(benchmark.items(False))} | {found} |")
+    return "\n".join(lines)
+
+
+PAGES = {ROOT / "README.md": {"figures": figures, "answer": answer, "accuracy": accuracy, "card": card,
+                              "map": sequence, "ledger": ledger},
          ROOT / "notebooks" / "TEACHING.md": {"misconceptions": misconceptions}}
 
 

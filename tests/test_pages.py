@@ -1,5 +1,6 @@
 """The pages say what the notebooks say, and their links lead somewhere."""
 
+import json
 import re
 
 import nbformat
@@ -72,3 +73,11 @@ def test_a_claim_of_others_names_the_cells_that_show_it(path):
 def test_every_part_of_the_lesson_is_in_the_ledger(part):
     made_in = [row.split(" | ")[1] for row in pages.ledger().splitlines()[2:]]
     assert any(re.search(rf"the lesson, ([^;]* and )?{part}\b", source) for source in made_in)
+
+
+def test_what_a_card_said_is_told(tmp_path, monkeypatch):
+    assert set(pages.card().splitlines()[2].split(" | ")) >= {"144", "not measured yet |"}
+    rows = [{"name": "one adapter", "failed": "a power cut"}]
+    (tmp_path / "gpu_routing.json").write_text(json.dumps({"card": "a card", "date": "2026-01-01", "rows": rows}))
+    monkeypatch.setattr(pages.gpu, "RECORDS", tmp_path)
+    assert pages.card().splitlines()[-1].endswith("| a card, 2026-01-01: 0 rows, 1 goals missed |")
