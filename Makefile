@@ -5,8 +5,9 @@ ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)  # as in a container
 
 .PHONY: lab run test release grade clean
 
-lab: .venv/.base
-	$(BIN)/jupyter lab $(ROOT) notebooks/01_what_does_changing_every_weight_cost.ipynb
+# the student version, in release/; what has been worked on there is kept
+lab: release
+	$(BIN)/jupyter lab $(ROOT) release/01_what_does_changing_every_weight_cost.ipynb
 
 run: .venv/.base
 	$(BIN)/python tests/run_notebooks.py
@@ -27,7 +28,7 @@ clean:
 
 .venv/.base: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 

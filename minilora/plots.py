@@ -11,8 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation
 
-SHADES = ("#111111", "#d1495b", "#30638e", "#9a8c2c", "#7d7d7d", "#b5b5b5")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+from .tables import wrapped
+
+SHADES = ("#111111", "#d1495b", "#30638e", "#9a8c2c", "#7d7d7d", "#8e44ad")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "x")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "++", "--")
 
@@ -27,7 +29,7 @@ def show(fig: Figure, sentence: str) -> None:
     png = io.BytesIO()
     fig.savefig(png, format="png", dpi=90, bbox_inches="tight")
     display(Image(png.getvalue(), alt=sentence))
-    print(sentence)
+    print(wrapped(sentence))
 
 
 def canvas(title: str, xlabel: str = "", ylabel: str = "", width: float = 6.4, height: float = 3.6):
@@ -75,7 +77,8 @@ class PlainLog(LogFormatterSciNotation):
     """0.02 in place of 2 x 10^-2, at the ticks that matplotlib would label."""
 
     def __call__(self, x, pos=None):
-        return f"{x:g}" if super().__call__(x, pos) else ""
+        label = super().__call__(x, pos)
+        return f"{x:g}" if label and 1e-4 <= x < 1e6 else label
 
 
 def bars(groups: Sequence[str], series: Mapping[str, Sequence], *, title: str, ylabel: str, xlabel: str = "",
@@ -175,7 +178,7 @@ def fit_grid(verdicts: Mapping[str, Mapping[str, "Verdict"]], *, title: str,  # 
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             mark = {"fits": "fits", "too close to call": "close", "does not fit": "no"}[verdicts[row][column].answer]
-            axes.text(j, i, f"{verdicts[row][column].need[0] / GIB:,.1f}\n{mark}", ha="center", va="center", fontsize=8,
+            axes.text(j, i, f"{verdicts[row][column].need[0] / GIB:,.1f}\n{mark}", ha="center", va="center", fontsize=9,
                       color="white" if values[i, j] > 0.5 else "black")
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
@@ -215,13 +218,13 @@ def symptom_grid(cells: Mapping[str, Mapping[str, tuple[str, bool]]], *, title: 
     """fault -> symptom -> (what was seen, whether it is out of order), as cells; dark is out of order."""
     rows, columns = list(cells), list(next(iter(cells.values())))
     odd = np.array([[cells[row][column][1] for column in columns] for row in rows])
-    fig, axes = canvas(title, "symptom", "fault", width=1.6 + 0.66 * len(columns), height=1.4 + 0.3 * len(rows))
+    fig, axes = canvas(title, "symptom", "fault", width=1.6 + 0.72 * len(columns), height=1.4 + 0.3 * len(rows))
     axes.imshow(0.7 * odd, cmap="Greys", vmin=0, vmax=1, aspect="auto")
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
-            axes.text(j, i, cells[row][column][0], ha="center", va="center", fontsize=8,
+            axes.text(j, i, cells[row][column][0], ha="center", va="center", fontsize=9,
                       color="white" if odd[i, j] else "black")
-    axes.set_xticks(range(len(columns)), columns, fontsize=8)
+    axes.set_xticks(range(len(columns)), columns, fontsize=9)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(np.arange(0.5, len(columns) - 1), minor=True)
     axes.set_yticks(np.arange(0.5, len(rows) - 1), minor=True)
@@ -250,11 +253,12 @@ def tradeoff(sizes: Mapping[str, int], quality: Mapping[str, Mapping[str, float]
     for axes, (task, values) in zip(panels, quality.items()):
         for i, name in enumerate(sizes):
             axes.plot(sizes[name], values[name], linestyle="none", marker="os^Dv*XpP"[i % 9], markersize=9,
-                      color=SHADES[i % 5], markeredgecolor="black", label=f"{name}: {notes[name]}")
+                      color=SHADES[i] if i < 5 else "white", markeredgecolor="black" if i < 5 else SHADES[i - 5],
+                      markeredgewidth=1 if i < 5 else 2, label=f"{name}: {notes[name]}")
         axes.set(xscale="log", title=task, xlabel="trained parameters")
     panels[0].set_ylabel(ylabel)
     panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     fig.suptitle(title, y=1.02)
     order = {task: sorted(values, key=values.get, reverse=True) for task, values in quality.items()}
-    return fig, " ".join(f"{task}, from the best: {', '.join(f'{n} {quality[task][n]:.1f}' for n in names)}."
+    return fig, " ".join(f"{task}, from the best: {'; '.join(f'{n}: {quality[task][n]:.1f}' for n in names)}."
                          for task, names in order.items())

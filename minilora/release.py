@@ -1,8 +1,8 @@
-"""Writes the student version of the notebooks: ``python -m minilora.release [notebooks [release]]``.
+"""Writes the student version of the notebooks: ``python -m minilora.release [--overwrite] [notebooks [release]]``.
 
-What stands between ``### BEGIN SOLUTION`` and ``### END SOLUTION`` becomes nbgrader's own stub. Exercise cells lose their
-outputs, and so do those that answer a prediction. Hints, other outputs and nbgrader's metadata stay, so nbgrader can
-grade what comes back.
+What stands between ``### BEGIN SOLUTION`` and ``### END SOLUTION`` becomes nbgrader's own stub. Outputs go, since they
+answer the predictions. Hints and nbgrader's metadata stay, so nbgrader can grade what comes back. A file that is there
+and differs is somebody's work and is kept, unless --overwrite says otherwise.
 """
 
 import json
@@ -32,14 +32,15 @@ def strip_cell(cell: dict) -> dict:
     if broken or bool(regions) != bool(grading.get("solution")):
         raise ValueError(f"cell {cell.get('id')!r} must be marked as a solution in its metadata and hold whole regions "
                          f"from ### BEGIN SOLUTION to ### END SOLUTION, or neither: {source[:80]!r}")
-    answers = grading.get("solution") or grading.get("grade") or ".reveal(" in source
-    if cell["cell_type"] == "code" and answers:
+    if cell["cell_type"] == "code":
         cell = cell | {"outputs": [], "execution_count": None}
     return cell | {"source": stripped.splitlines(keepends=True)}
 
 
-def release(source: Path, target: Path) -> list[Path]:
-    """Writes the student version of every notebook in folder `source` to folder `target`; returns the files.
+def release(source: Path, target: Path, overwrite: bool = False) -> tuple[list[Path], list[Path]]:
+    """Writes the student version of every notebook in folder `source` to folder `target`.
+
+    Returns the files that are there now as released, and those that were there otherwise and were kept.
 
     Raises:
         ValueError: no notebooks in `source`, the folders are one, or a notebook's marks are wrong; nothing is written.
@@ -56,22 +57,31 @@ def release(source: Path, target: Path) -> list[Path]:
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from None
     target.mkdir(parents=True, exist_ok=True)
+    kept = []
     for path, notebook in students.items():
-        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return list(students)
+        text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+        if not overwrite and path.exists() and path.read_text(encoding="utf-8") != text:
+            kept.append(path)
+        else:
+            path.write_text(text, encoding="utf-8")
+    return [path for path in students if path not in kept], kept
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) > 2:
-        print("expected at most two folders: the notebooks' and the student version's", file=sys.stderr)
+    folders = [argument for argument in arguments if argument != "--overwrite"]
+    if len(folders) > 2 or any(folder.startswith("-") for folder in folders):
+        print("expected --overwrite or not, and at most two folders: the notebooks' and the student version's",
+              file=sys.stderr)
         return 2
-    source, target = arguments + ["notebooks", "release"][len(arguments):]
+    source, target = folders + ["notebooks", "release"][len(folders):]
     try:
-        files = release(Path(source), Path(target))
+        files, kept = release(Path(source), Path(target), "--overwrite" in arguments)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{len(files)} student notebooks in {target}")
+    if kept:
+        print(f"kept {len(kept)} more that have been worked on, {kept[0]} first; --overwrite writes them anew")
     return 0
 
 

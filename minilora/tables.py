@@ -1,4 +1,6 @@
-"""Numbers as text: aligned tables and byte counts. Imports nothing, so that every room can use it."""
+"""Numbers as text: aligned tables and byte counts, and text in lines. Light, so that every room can use it."""
+
+import textwrap
 
 
 def table(head: tuple, rows: list[tuple]) -> str:
@@ -18,3 +20,8 @@ def bytes_text(count: int) -> str:
             break
         size /= 1024
     return f"{count:,} B" if unit == "B" else f"{size:,.2f} {unit}"
+
+
+def wrapped(text: str, indent: int = 0) -> str:
+    """Text in lines that a notebook's page holds, the second and later ones indented; JupyterLab breaks within words."""
+    return textwrap.fill(text, 110, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)

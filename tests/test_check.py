@@ -1,5 +1,6 @@
 """The exercise framework on toy exercises, then every exercise and prediction of the notebooks, found by itself."""
 
+import copy
 import pkgutil
 import re
 from dataclasses import replace
@@ -41,7 +42,7 @@ def message(exercise, function):
 
 
 def test_a_right_answer_prints_one_line(capsys):
-    assert TOY(lambda W, A, B, alpha: W + B @ A * (alpha / B.shape[1])) is None
+    assert TOY(lambda W, A, B, alpha: print("rank", len(A)) or W + B @ A * (alpha / B.shape[1])) is None
     assert capsys.readouterr().out == "ok: merged is right on 4 fresh inputs\n"
 
 
@@ -66,7 +67,12 @@ FAILURES = {
     "ellipsis": (lambda W, A, B, alpha: ..., "not written yet"),
     "exception": (boom, r"raised RuntimeError: .*, at `return W / torch.zeros\(3, 17\)`"),
     "too few parameters": (lambda W, A: W, "raised TypeError: .*takes 2 positional arguments"),
-    "returns None": (lambda *a: print("learner's own print"), "returns None"),
+    "returns None": (lambda *a: print("learner's own\nprint"),
+                     "returns None; is the return missing\\?; you printed: learner's own print$"),
+    "known mistake that prints": (lambda W, A, B, alpha: print("x" * 300) or W + B @ A * alpha,
+                                  r"expected alpha / rank; you printed: x{197}\.\.\.$"),
+    "exception after a print": (lambda W, A, B, alpha: print("rank", len(A)) or 1 / 0, ".*; you printed: rank 2$"),
+    "generator": (lambda *a: (row for row in merged(*a)), "merged returns a generator; expected Tensor$"),
     "shape": (lambda *a: merged(*a)[1:], r"has shape \(4, 9\), expected \(5, 9\)"),
     "dtype": (lambda *a: merged(*a).half(), "of dtype float16, expected float32"),
     "type": (lambda *a: merged(*a).tolist(), r"\(list\), expected a tensor of shape \(5, 9\)"),
@@ -109,10 +115,31 @@ def test_containers_numbers_and_words():
     toy(lambda x: {"name": f"n{len(x)}", "share": torch.tensor(len(x) / 4), "sizes": tuple(x.shape)})
     assert "the result['sizes'] has 1 entries, expected 2" in message(toy, lambda x: right(x) | {"sizes": [len(x)]})
     assert "the result['sizes'][1] is 4, expected 3" in message(toy, lambda x: right(x) | {"sizes": [len(x), 4]})
-    assert "['sizes'][0] is of dtype" in message(toy, lambda x: right(x) | {"sizes": [float(len(x)), 3]})
+    assert ("the result['sizes'][0] is a decimal number (2.0), expected a whole one: use // or int()"
+            in message(toy, lambda x: right(x) | {"sizes": [float(len(x)), 3]}))
     assert "the result['share'] is 1, expected 0.5" in message(toy, lambda x: right(x) | {"share": len(x) / 2})
     assert "the result['name'] is 'n', expected 'n2'" in message(toy, lambda x: right(x) | {"name": "n"})
     assert "has the keys ['a'], expected ['sizes', 'share', 'name']" in message(toy, lambda x: {"a": len(x)})
+
+
+def test_a_word_for_a_number_and_a_generator_for_a_list():
+    toy = Exercise("double", lambda n: 2 * n, lambda seed: (3056 + seed,), [])
+    assert "double(3056) is '6112' (str), expected 6112 (int)" in message(toy, lambda n: str(2 * n))
+    toy = Exercise("upto", lambda n: list(range(n)), lambda seed: (seed,), [])
+    for lazy in (lambda n: (i for i in range(n)), lambda n: map(int, range(n)), lambda n: filter(None, range(n))):
+        assert message(toy, lazy) == "not yet: upto returns a generator; put list(...) around it"
+
+
+def test_the_failing_call_is_shown_where_it_is_short():
+    toy = Exercise("total", lambda sizes, names: len(names) * sum(sizes), lambda seed: ([seed, 2], ("a", None)), [])
+    assert "total([0, 2], ('a', None)) is 2, expected 4" in message(toy, lambda sizes, names: sum(sizes))
+    long = replace(toy, inputs=lambda seed: ([seed] * 50, ("a", None)))
+    assert "the result is 50, expected 100" in message(long, lambda sizes, names: sum(sizes))
+
+
+def test_what_an_exercise_observes_is_called_by_its_name():
+    toy = Exercise("pair", lambda x: x, lambda seed: (seed,), [], observe=lambda result, x: {"the outputs": [result]})
+    assert "not yet: the outputs[0] is 1, expected 0" in message(toy, lambda x: x + 1)
 
 
 def test_modules_changed_on_purpose_and_by_accident():
@@ -175,8 +202,11 @@ def test_a_prediction_answers_the_guess(capsys):
     assert capsys.readouterr().out == "b: right. B is zero, so A waits.\n"
     CHOICE.reveal(None)
     assert [line[0] for line in capsys.readouterr().out.splitlines()] == ["a", "c", "b"]
-    with pytest.raises(CheckFailed, match="the guess is 'x', expected one of a, b, c"):
-        CHOICE.reveal("x")
+    CHOICE.reveal(" B ")
+    assert capsys.readouterr().out == "b: right. B is zero, so A waits.\n"
+    for guess, shown in (("x", "'x'"), (["b"], r"\['b'\]"), (torch.zeros(9, 9), "tensor.*"), (2, "2"), ("", "''")):
+        with pytest.raises(CheckFailed, match=f"^not yet: the guess is {shown}, expected one of a, b, c$"):
+            CHOICE.reveal(guess)
 
 
 def test_an_estimate_answers_the_guess(capsys):
@@ -188,6 +218,9 @@ def test_an_estimate_answers_the_guess(capsys):
         assert re.match(".*" + said, capsys.readouterr().out)
     with pytest.raises(CheckFailed, match="the guess is -1, expected a number above 0"):
         estimate.reveal(-1, 100)
+    for guess in (2.8e12, 350e9, 1.2e12):  # the right answer, the weights and the paper's number, in bytes
+        MODULES[0].gpt3_gigabytes.reveal(guess, 2794)
+        assert "Is that in bytes? The question" in capsys.readouterr().out
 
 
 # Every exercise of every notebook.
@@ -283,6 +316,15 @@ def test_each_wrong_answer_is_told_what_is_wrong(key):
     told = [EXERCISES[key].diagnose(answer) for answer, _ in WRONG[key]]
     assert all(text and part in text for text, (_, part) in zip(told, WRONG[key])), told
     assert len(set(told)) == len(told)
+
+
+def test_wrap_is_told_of_its_return_and_of_loose_names_whatever_else_it_does():
+    diagnose, wrong = EXERCISES["nb03.wrap"].diagnose, import_module("wrong_answers.nb03")
+    for other in (wrong.same, wrong.not_frozen, wrong.top_level_only, wrong.by_its_name):
+        assert "wrap must return the model" in diagnose(lambda *arguments: other(*arguments) and 5)
+        assert "not a copy of it" in diagnose(lambda model, *rest: other(copy.deepcopy(model), *rest))
+    for loose in (str.startswith, str.endswith, str.__contains__):
+        assert "compare whole names" in diagnose(wrong.walk(loose))
 
 
 def test_a_dull_table_of_mistakes_would_be_caught():

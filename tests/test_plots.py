@@ -32,7 +32,7 @@ def test_each_method_stands_at_its_size_and_the_sentence_begins_with_the_best():
         at = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.lines}
         assert at == {"LoRA: 1.0": (1000, values["LoRA"]), "prompt: 1.1": (100, values["prompt"])}
         assert axes.get_xscale() == "log"
-    assert sentence == "near, from the best: prompt 95.5, LoRA 90.0. far, from the best: LoRA 60.0, prompt 9.0."
+    assert sentence == "near, from the best: prompt: 95.5; LoRA: 90.0. far, from the best: LoRA: 60.0; prompt: 9.0."
 
 
 def test_the_symptom_grid_says_whether_its_rows_can_be_told_apart():

@@ -1,4 +1,4 @@
-"""The student version: solutions out, hints and all else in, and each checker says that nothing is written yet."""
+"""The student version: solutions and outputs out, all else in, and each checker says that nothing is written yet."""
 
 import copy
 import json
@@ -62,24 +62,30 @@ def book():
 def released(book, tmp_path):
     (tmp_path / "solved").mkdir()
     nbformat.write(book, tmp_path / "solved" / "01_a.ipynb")
-    (path,) = release(tmp_path / "solved", tmp_path / "student")
+    (path,), _ = release(tmp_path / "solved", tmp_path / "student")
     return nbformat.read(path, as_version=4)
 
 
 def test_solutions_go_and_all_else_stays(book, tmp_path):
     setup, solution, check, hint = released(book, tmp_path).cells
     assert solution.source == STUDENT and check.source == "twice(double)"
-    assert all(c.outputs == [] and c.execution_count is None for c in (solution, check))
-    assert (setup, hint) == (book.cells[0], book.cells[3])
+    assert all(c.outputs == [] and c.execution_count is None for c in (setup, solution, check))
+    assert setup.source == book.cells[0].source and hint == book.cells[3]
     assert [c.metadata for c in (solution, check)] == [c.metadata for c in book.cells[1:3]]
     assert {c.id for c in book.cells} == {setup.id, solution.id, check.id, hint.id}
 
 
-def test_answers_to_predictions_go(book, tmp_path):
-    told = [new_output("stream", name="stdout", text="a: right. So it is.")]
-    book.cells.append(new_code_cell("plots.show(fig, text)\nnb02.guess.reveal(guess)", execution_count=4, outputs=told))
-    *_, answered = released(book, tmp_path).cells
-    assert answered.outputs == [] and "reveal" in answered.source
+def test_work_is_kept(book, tmp_path, capsys):
+    path = tmp_path / "student" / "01_a.ipynb"
+    fresh = released(book, tmp_path)
+    assert main([str(tmp_path / "solved"), str(path.parent)]) == 0  # as it was: nothing to keep
+    assert "worked on" not in capsys.readouterr().out
+    mine = path.read_text().replace("YOUR CODE HERE", "mine")
+    path.write_text(mine)
+    assert main([str(tmp_path / "solved"), str(path.parent)]) == 0 and path.read_text() == mine
+    assert "kept 1 more that have been worked on" in capsys.readouterr().out
+    assert main(["--overwrite", str(tmp_path / "solved"), str(path.parent)]) == 0
+    assert nbformat.read(path, as_version=4) == fresh
 
 
 def test_the_student_version_runs_to_the_checker_which_points_to_the_hint(book, tmp_path):
@@ -151,7 +157,7 @@ def test_the_command(book, tmp_path, capsys):
     assert main([str(tmp_path), str(tmp_path)]) == 2 and "choose another folder" in capsys.readouterr().err
     assert main([str(tmp_path), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"1 student notebooks in {tmp_path / 'out'}\n"
-    assert main(["a", "b", "c"]) == 2
+    assert main(["a", "b", "c"]) == main(["--overwrit"]) == 2
 
 
 def test_nbgrader_releases_grades_and_gives_feedback(book, tmp_path, monkeypatch):

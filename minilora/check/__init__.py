@@ -9,13 +9,15 @@ import inspect
 import io
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from ..tables import wrapped
 
 
 class CheckFailed(AssertionError):
@@ -26,11 +28,13 @@ class CheckFailed(AssertionError):
 
 
 class Outcome(NamedTuple):
-    """What came of one call: its value, the error it raised, the name of an argument that it changed in place."""
+    """What came of one call: its value, the error it raised, the name of an argument that it changed in place, and
+    what it printed."""
 
     value: Any = None
     error: Exception | None = None
     changed: str | None = None
+    printed: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,28 +82,31 @@ class Exercise:
         expected, got = self.outcomes(self.reference), self.outcomes(function)
         if all(self.right(g, e) for g, e in zip(got, expected)):
             return None
-        for mistake, message in self.mistakes:
-            if all(self.alike(g, m) for g, m in zip(got, self.outcomes(mistake))):
-                return message
-        return self.describe(function, got, expected)
+        problem = self.known(got) or self.describe(function, got, expected)
+        return f"{problem}; you printed: {got[0].printed}" if got[0].printed else problem
+
+    def known(self, got: Sequence[Outcome]) -> str | None:
+        """The message of the mistake in the table that has the same outcomes."""
+        return next((message for mistake, message in self.mistakes
+                     if all(self.alike(g, m) for g, m in zip(got, self.outcomes(mistake)))), None)
 
     def outcomes(self, function: Callable) -> list[Outcome]:
         return [self.outcome(function, seed) for seed in range(self.rounds)]
 
     def outcome(self, function: Callable, seed: int) -> Outcome:
-        """One call on fresh arguments; what the function prints or warns is dropped, the random state comes back."""
+        """One call on fresh arguments; what the function prints or warns is held back, the random state put back."""
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"), \
-                redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()):
             before, arguments = self.fresh(seed), self.fresh(seed)
             try:
                 value = function(*arguments)
                 if self.observe and (value is not None or self.in_place):
                     value = self.observe(value, *arguments)
             except Exception as error:  # whatever the learner's code raises is for the learner to read
-                return Outcome(error=error)
+                return Outcome(error=error, printed=short(out.getvalue(), 200))
         names = () if self.in_place else inspect.signature(self.reference).parameters
         changed = (name for name, b, a in zip(names, before, arguments) if difference(a, b, 0))
-        return Outcome(value, changed=next(changed, None))
+        return Outcome(value, changed=next(changed, None), printed=short(out.getvalue(), 200))
 
     def fresh(self, seed: int) -> tuple:
         torch.manual_seed(seed)
@@ -128,12 +135,16 @@ class Exercise:
             return f"{self.name} changes its argument {g.changed} in place; make a new value instead"
         if g.value is None and e.value is not None:
             return f"{self.name} returns None; is the return missing?"
+        if isinstance(g.value, Iterator):  # as map and filter give one too
+            listed = isinstance(e.value, (list, tuple))
+            advice = "put list(...) around it" if listed else f"expected {type(e.value).__name__}"
+            return f"{self.name} returns a generator; {advice}"
         if not varies(got) and varies(expected):
             return f"the result of {self.name} does not depend on its input"
         with torch.random.fork_rng(devices=[]):
             arguments = self.fresh(seed)
-        plain = all(type(a) in (int, float, str) for a in arguments)
-        what = f"{self.name}({', '.join(map(repr, arguments))})" if plain else "the result"
+        inside = ", ".join(map(repr, arguments))
+        what = f"{self.name}({inside})" if is_plain(arguments) and len(inside) <= 120 else "the result"
         return difference(g.value, e.value, self.tolerance, what)
 
 
@@ -151,12 +162,14 @@ class Prediction:
 
     def reveal(self, guess: str | None) -> None:
         """Print what is behind the guess, then the answer; with None for a guess, what is behind every choice."""
-        if guess is not None and guess not in self.answers:
-            raise CheckFailed(f"not yet: the guess is {guess!r}, expected one of {', '.join(self.answers)}")
+        if isinstance(guess, str):
+            guess = guess.strip().lower()
+        if guess is not None and (not isinstance(guess, str) or guess not in self.answers):
+            raise CheckFailed(f"not yet: the guess is {short(repr(guess))}, expected one of {', '.join(self.answers)}")
         others = [choice for choice in self.answers if choice != self.right and guess in (None, choice)]
         for choice in others:
-            print(f"{choice}: not so. {self.answers[choice]}")
-        print(f"{self.right}: right. {self.answers[self.right]}")
+            print(wrapped(f"{choice}: not so. {self.answers[choice]}", 3))
+        print(wrapped(f"{self.right}: right. {self.answers[self.right]}", 3))
 
 
 @dataclass(frozen=True)
@@ -167,31 +180,41 @@ class Estimate:
         misconceptions: (ratio, message) pairs: a guess that is `ratio` times the measured value, within a tenth, is
             told the message.
         within: a guess counts as right up to this factor above or below the measured value.
+        far_above: what to say to a guess of more than a million times the measured value, in bytes for gigabytes.
     """
 
     misconceptions: Sequence[tuple[float, str]]
     within: float = 1.5
+    far_above: str = ""
 
     def reveal(self, guess: float | None, measured: float) -> None:
         """Print how far the guess is from the measured value, a positive number, and what is behind it."""
         if guess is None:
             for ratio, message in self.misconceptions:
-                print(f"about {brief(ratio)} times the measured value: not so. {message}")
+                print(wrapped(f"about {brief(ratio)} times the measured value: not so. {message}", 3))
             return
         if not is_number(guess) or not guess > 0:
-            raise CheckFailed(f"not yet: the guess is {guess!r}, expected a number above 0")
+            raise CheckFailed(f"not yet: the guess is {short(repr(guess))}, expected a number above 0")
         ratio = guess / measured
-        reason = next((message for r, message in self.misconceptions if abs(ratio / r - 1) < 0.1), "")
+        reason = next((message for r, message in self.misconceptions if abs(ratio / r - 1) < 0.1),
+                      self.far_above if ratio > 1e6 else "")
         if not reason and 1 / self.within <= ratio <= self.within:
             print(f"right: your guess is within a factor of {self.within:g} of the measured value")
         else:
             size = f"{brief(ratio)} times" if ratio > 1 else f"1/{brief(1 / ratio)} of"
-            print(f"not so: your guess is {size} the measured value. {reason}".rstrip())
+            print(wrapped(f"not so: your guess is {size} the measured value. {reason}", 3))
 
 
 def brief(ratio: float) -> str:
     """Two digits, without an exponent."""
     return f"{ratio:.2g}" if ratio < 99.5 else f"{ratio:,.0f}"
+
+
+def is_plain(value: Any) -> bool:
+    """Numbers and strings, and lists and tuples of these: they read well in a message."""
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def varies(outcomes: Sequence[Outcome]) -> bool:
@@ -222,13 +245,15 @@ def difference(got: Any, expected: Any, tolerance: float, what: str = "the resul
     if isinstance(expected, Mapping) and isinstance(got, Mapping):
         if got.keys() != expected.keys():
             return f"{what} has the keys {short(list(got))}, expected {short(list(expected))}"
-        found = (difference(got[k], expected[k], tolerance, f"{what}[{k!r}]") for k in expected)
+        # what an exercise observes has names of its own, as "the outputs"
+        names = {k: k if str(k).startswith("the ") else f"{what}[{k!r}]" for k in expected}
+        found = (difference(got[k], expected[k], tolerance, names[k]) for k in expected)
         return next(filter(None, found), None)
     if is_number(expected) and is_number(got) or isinstance(expected, torch.Tensor) and isinstance(got, torch.Tensor):
         return tensor_difference(as_tensor(got), as_tensor(expected), tolerance, what)
     if type(got) is not type(expected):
         wanted = f"a tensor of shape {tuple(expected.shape)}" if isinstance(expected, torch.Tensor) else short(expected)
-        return f"{what} is {short(got, 40)} ({type(got).__name__}), expected {wanted} ({type(expected).__name__})"
+        return f"{what} is {short(repr(got), 40)} ({type(got).__name__}), expected {wanted} ({type(expected).__name__})"
     if type(expected).__eq__ is object.__eq__:  # a function or a plain object: a fresh one is never equal to another
         return None
     same = np.array_equal(got, expected) if isinstance(expected, np.ndarray) else got == expected
@@ -254,6 +279,8 @@ def tensor_difference(got: torch.Tensor, expected: torch.Tensor, tolerance: floa
     if got.shape != expected.shape:
         return f"{what} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     if kind(got) != kind(expected):
+        if kind(got) == (False, True) and kind(expected) == (False, False):
+            return f"{what} is a decimal number ({got.item()}), expected a whole one: use // or int()"
         return f"{what} is of dtype {name_of(got)}, expected {name_of(expected)}"
     g, e = got.double(), expected.double()
     scale = e[e.isfinite()].abs().max().item() if e.isfinite().any() else 0.0

@@ -31,7 +31,7 @@ gpt3_gigabytes = Estimate([
     (0.43, "That is the paper's 1.2 TB. It does not say what is in it, and plain fp32 Adam needs more."),
     (0.5, "These are the weights and the gradients. Adam's two moments are as much again."),
     (0.75, "Adam keeps two moments, and this leaves room for one."),
-], within=1.2)
+], within=1.2, far_above="Is that in bytes? The question asks for gigabytes.")
 
 wire = Prediction("c", {
     "a": "That is how far the gradients fall, and with DDP nothing else travels. Here the weights travel too, frozen ones "
@@ -86,6 +86,7 @@ def kept_reference(widths: list[int], trains: list[bool]) -> int:
 
 kept_floats = Exercise("kept_floats", kept_reference, draw_chain, [
     (lambda w, t: sum(w[:-1]), "a frozen layer keeps no input: to pass the gradient down it needs only its weight"),
+    (lambda w, t: sum(w), "the last width is counted too: the network's last output is not an input of any layer"),
     (lambda w, t: sum(w[t.index(True):-1]),
      "above the first layer that trains, gradients do pass through frozen layers, but only a layer that trains needs its "
      "own input for that"),

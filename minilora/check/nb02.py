@@ -55,8 +55,11 @@ count_parameters = Exercise("count_parameters", count_reference, draw_shapes, [
      "the frozen weights are counted too; they do not train"),
     (lambda shapes, r: sum(2 * r * i for o, i in shapes),
      "only a square matrix has r x d_in entries twice: B has d_out x r"),
+    (lambda shapes, r: sum(2 * r * o for o, i in shapes),
+     "only a square matrix has d_out x r entries twice: A has r x d_in"),
     (lambda shapes, r: sum(o + i for o, i in shapes), "this is rank 1; each unit of rank costs as much again"),
     (lambda shapes, r: r * (shapes[0][0] + shapes[0][1]), "only the first matrix is counted"),
+    (lambda shapes, r: r * (shapes[-1][0] + shapes[-1][1]), "only the last matrix is counted: += in place of ="),
     (lambda shapes, r: sum(r * (o + i) for o, i in shapes) / sum(o * i for o, i in shapes),
      "this is the share of the frozen weights; the question is how many numbers"),
 ])

@@ -1,5 +1,6 @@
 """Notebook 03: matching names, wrapping modules, spending a budget; a prediction about places."""
 
+import copy
 import math
 
 import torch
@@ -37,7 +38,7 @@ find_targets = Exercise(
 
 
 def shapes(seed: int) -> list[tuple[int, int]]:
-    return [(40 + 8 * seed, 24), (24, 56 + seed), (16, 16), (72, 32 + 2 * seed)][: 2 + seed % 3]
+    return [(40 + 8 * seed, 24), (20, 56 + seed), (16, 16), (72, 32 + 2 * seed)][: 2 + seed % 3]
 
 
 def counted(shapes, rank):
@@ -66,6 +67,10 @@ largest_rank = Exercise(
     "largest_rank", spent, budgets,
     [(lambda shapes, budget: min(budget / counted(shapes, 1), min(map(min, shapes))),
       "a rank is a whole number: // in place of /"),
+     (lambda shapes, budget: budget / counted(shapes, 1),
+      "a rank is a whole number: // in place of /; and it can be at most min(d_out, d_in) of the smallest matrix"),
+     (lambda shapes, budget: min(budget // counted(shapes, 1), max(map(min, shapes))),
+      "the cap is the smallest side of all matrices, not the largest of the smallest sides"),
      (unlimited, "the rank is larger than a matrix allows: it can be at most min(d_out, d_in) of the smallest one"),
      (lambda shapes, budget: max(1, spent(shapes, budget)),
       "the budget is overspent: when it does not pay for rank 1, the answer is 0"),
@@ -80,12 +85,15 @@ largest_rank = Exercise(
 
 
 class Pair(nn.Module):
+    """up_up holds the name of up, begins with it and ends in it: no wrong comparison of names leaves it alone."""
+
     def __init__(self, width: int):
         super().__init__()
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.up_up = nn.Linear(2 * width, 2 * width)
 
     def forward(self, x):
-        return self.down(self.up(x).relu())
+        return self.down(self.up_up(self.up(x)).relu())
 
 
 class Tuned(nn.Module):
@@ -134,13 +142,20 @@ def first_only(model, target, layer):
                 return model
 
 
-def everything(model, target, layer):
-    model.requires_grad_(False)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, layer(child))
-    return model
+def every_linear(passes):
+    """The mistake that wraps every linear whose name passes(name, target)."""
+    def wrap(model, target, layer):
+        model.requires_grad_(False)
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear) and passes(name, target):
+                    setattr(parent, name, layer(child))
+        return model
+    return wrap
+
+
+class Other(Tuned):
+    """Stands for any layer but the one that was handed over."""
 
 
 def model_and_target(seed: int) -> tuple:
@@ -149,10 +164,15 @@ def model_and_target(seed: int) -> tuple:
 
 
 def outputs_and_flags(result, model, target, layer):
+    # each of these is told before whatever else is wrong
+    if result is not model:
+        return "a copy" if type(result) is type(model) else "not the model"
+    if any(type(m) not in (nn.Sequential, nn.Linear, Pair, layer) for m in model.modules()):
+        return "another layer"
     width = next(m for m in model.modules() if isinstance(m, nn.Linear)).in_features
     x = torch.linspace(-1, 1, width)[None]
     trains = sorted(name for name, p in model.named_parameters() if p.requires_grad)
-    return {"the outputs": model(x), "the parameters that train": trains}
+    return {"the output of the model": model(x), "the list of what trains": trains}
 
 
 wrap = Exercise(
@@ -160,10 +180,20 @@ wrap = Exercise(
     [(lambda model, target, layer: model.requires_grad_(False),
       "nothing is wrapped: walk through model.modules(), the matches lie below the top level, and put the new layer in "
       "with setattr(parent, name, layer(child))"),
+     (lambda model, target, layer: model,
+      "nothing is wrapped and nothing is frozen: the model that you return is as it came"),
+     (lambda model, target, layer: None,
+      "wrap must return the model that it was given: the next cell uses what it returns"),
+     (lambda model, target, layer: wrapped(copy.deepcopy(model), target, layer),
+      "change the model that you were given, not a copy of it"),
+     (lambda model, target, layer: wrapped(model, target, Other),
+      "use layer(child), the argument: it need not be LoRA"),
      (forgetful, "the base still trains: freeze the model first (requires_grad_(False)), then put the layers in"),
      (late, "nothing trains: freeze before the new layers come in, not after"),
      (first_only, "only the first match is wrapped: go on to the others"),
-     (everything, "every linear is wrapped: compare the child's name with the target")],
+     (every_linear(lambda name, target: True), "every linear is wrapped: compare the child's name with the target"),
+     (every_linear(lambda name, target: target in name),
+      "a child whose name only holds the target is wrapped too: compare whole names, name == target")],
     in_place=True, observe=outputs_and_flags)
 
 
@@ -172,8 +202,9 @@ where_to_spend = Prediction("c", {
          "said: the values, the output projections and the MLP carry that.",
     "b": "A parameter is not a parameter: at one budget the bars differ widely. A key can only change where attention "
          "looks, never what is said there.",
-    "c": "Many thin corrections beat one thick one: a change in the answer is made in many places. And a query or a key "
-         "can only move attention, which in this task looked in the right places already.",
-    "d": "The frozen weights do most of the work, so a small correction is enough: the bars of LoRA reach that of full "
-         "fine-tuning.",
+    "c": "A query or a key can only move attention, which in this task looked in the right places already. What changes "
+         "is what is said, so it pays to adapt what carries it: o, the MLP, or several kinds together. o alone does as "
+         "well as most ways to spread.",
+    "d": "The frozen weights do most of the work, so a small correction is enough: LoRA's best bars come close to that "
+         "of full fine-tuning.",
 })

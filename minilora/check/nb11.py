@@ -6,7 +6,7 @@ from . import Estimate, Exercise, Prediction
 
 enough = Prediction("d", {
     "a": "LoRA freezes the weights, and frozen weights still stand in memory: 325 GiB of them in 16 bits.",
-    "b": "Four bits are a quarter of sixteen, and a quarter of 325 GiB is still 85.",
+    "b": "Four bits and their scales are little more than a quarter of sixteen, and that of 325 GiB is still 84.",
     "c": "Checkpointing and a short row shrink the activations, which are the smaller part here. The weights alone are "
          "over three cards' worth.",
     "d": "As long as all weights stand on the card, no way of storing or training them brings 175 billion under 24 "

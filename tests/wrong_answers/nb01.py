@@ -27,6 +27,21 @@ def numbers(parameters, trainable):
     return parameters + 3 * trainable
 
 
+def shared_out(parameters, trainable):
+    return 4 * parameters + trainable * 24 / 2
+
+
+def in_words(parameters, trainable):
+    return f"{4 * (parameters + 3 * trainable)}"
+
+
+def every_width(widths, trains):
+    kept = 0
+    for width in widths:
+        kept += width
+    return kept
+
+
 def every_input(widths, trains):
     return sum(widths) - widths[-1]
 
@@ -86,9 +101,11 @@ WRONG = {
     "state_bytes": [
         (as_if_all_trained, "a frozen weight has no gradient"), (trained_alone, "the frozen weights are missing"),
         (plain_sgd, "Adam's two moments are not"), (one_moment, "one number too few"),
-        (added_to_the_frozen, "counted twice"), (numbers, "in fp32 each takes 4 bytes")],
+        (added_to_the_frozen, "counted twice"), (numbers, "in fp32 each takes 4 bytes"),
+        (shared_out, ") is a decimal number ("), (in_words, "' (str), expected ")],
     "kept_floats": [
-        (every_input, "a frozen layer keeps no input"), (all_above_the_first, "above the first layer that trains"),
+        (every_width, "not an input of any layer"), (every_input, "a frozen layer keeps no input"),
+        (all_above_the_first, "above the first layer that trains"),
         (outputs, "these are the outputs"), (whole_weights, "these are the weights"),
         (frozen_ones, "the wrong way round"), (in_bytes, "these are bytes")],
     "ring_bytes": [

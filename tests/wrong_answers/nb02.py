@@ -23,6 +23,20 @@ def as_if_square(shapes, rank):
     return sum(2 * rank * shape[1] for shape in shapes)
 
 
+def tall(shapes, rank):
+    return sum(shape[0] * rank * 2 for shape in shapes)
+
+
+def assigned(shapes, rank):
+    for d_out, d_in in shapes:
+        total = rank * (d_out + d_in)
+    return total
+
+
+def one_too_many(shapes, rank):
+    return sum(rank * (d_out + d_in + 1) for d_out, d_in in shapes)
+
+
 def returns_early(shapes, rank):
     for d_out, d_in in shapes:
         return rank * (d_out + d_in)
@@ -121,6 +135,7 @@ WRONG = {
     "count_parameters": [
         (one_matrix, "A is counted, B is not"), (multiplied, "they do not multiply"),
         (with_the_base, "the frozen weights are counted too"), (as_if_square, "only a square matrix"),
+        (tall, "A has r x d_in"), (assigned, "+= in place of ="), (one_too_many, "count_parameters([("),
         (returns_early, "only the first matrix is counted"), (a_share, "the question is how many")],
     "merged_weight": [
         (as_in_the_lesson, "the scaling alpha / r is missing"), (loud, "scaled by alpha, expected alpha / r"),

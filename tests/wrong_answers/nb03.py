@@ -1,5 +1,8 @@
 """Wrong answers to the exercises of notebook 03, as learners may write them, and a part of what each must be told."""
 
+from copy import deepcopy
+
+import torch
 from torch import nn
 
 
@@ -34,6 +37,10 @@ def by_target(names, targets):
 
 def a_set(names, targets):
     return {name for name in names if any(name == t or name.endswith("." + t) for t in targets)}
+
+
+def lazy(names, targets):
+    return filter(lambda name: any(("." + name).endswith("." + t) for t in targets), names)
 
 
 def not_frozen(model, target, layer):
@@ -76,6 +83,51 @@ def stops_early(model, target, layer):
     return model
 
 
+def walk(passes):
+    """The right walk, but for the comparison of the names."""
+    def wrap(model, target, layer):
+        model.requires_grad_(False)
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if passes(name, target):
+                    setattr(parent, name, layer(child))
+        return model
+    return wrap
+
+
+same = walk(lambda name, target: name == target)
+
+
+def no_return(model, target, layer):
+    same(model, target, layer)
+
+
+def in_vain(model, target, layer):
+    for child in model.children():
+        if child == target:
+            child = layer(child)
+    return model
+
+
+def on_a_copy(model, target, layer):
+    return same(deepcopy(model), target, layer)
+
+
+class LoRA(nn.Module):
+    def __init__(self, base_layer, rank=8):
+        super().__init__()
+        d_out, d_in = base_layer.weight.shape
+        self.base_layer = base_layer
+        self.A, self.B = nn.Parameter(torch.randn(rank, d_in)), nn.Parameter(torch.zeros(d_out, rank))
+
+    def forward(self, x):
+        return self.base_layer(x) + x @ self.A.T @ self.B.T
+
+
+def by_its_name(model, target, layer):
+    return same(model, target, LoRA)
+
+
 def by_the_weights(shapes, budget):
     weights = sum(d_out * d_in for d_out, d_in in shapes)
     return min(budget // weights, min(min(s) for s in shapes))
@@ -102,6 +154,19 @@ def strictly_below(shapes, budget):
     return rank
 
 
+def the_roomiest(shapes, budget):
+    return min(budget // sum(o + i for o, i in shapes), max(min(s) for s in shapes))
+
+
+def a_fraction_without_a_limit(shapes, budget):
+    return budget / sum(o + i for o, i in shapes)
+
+
+def half_a_fraction(shapes, budget):
+    rank = budget / sum(o + i for o, i in shapes)
+    return 0 if rank < 1 else min(rank, min(min(s) for s in shapes))
+
+
 def a_fraction(shapes, budget):
     return min(budget / sum(o + i for o, i in shapes), min(min(s) for s in shapes))
 
@@ -109,11 +174,18 @@ def a_fraction(shapes, budget):
 WRONG = {
     "find_targets": [
         (substring, "inside a name is not enough"), (no_dot, "must be a dot"), (exact, "whole names only"),
-        (last_part, "dots of its own"), (by_target, "in the model's order"), (a_set, "set")],
+        (last_part, "dots of its own"), (by_target, "in the model's order"), (a_set, "set"),
+        (lazy, "put list(...) around it")],
     "wrap": [
         (not_frozen, "the base still trains"), (frozen_last, "nothing trains"), (top_level_only, "below the top"),
-        (every_linear, "every linear is wrapped"), (stops_early, "only the first match")],
+        (every_linear, "every linear is wrapped"), (stops_early, "only the first match"),
+        (walk(lambda name, target: target in name), "compare whole names"), (no_return, "wrap must return the model"),
+        (in_vain, "nothing is wrapped and nothing is frozen"), (on_a_copy, "not a copy of it"),
+        (by_its_name, "use layer(child), the argument")],
     "largest_rank": [
         (by_the_weights, "not r * d_out * d_in"), (no_limit, "larger than a matrix allows"),
-        (at_least_one, "the answer is 0"), (strictly_below, "used up exactly"), (a_fraction, "a whole number")],
+        (at_least_one, "the answer is 0"), (strictly_below, "used up exactly"), (a_fraction, "a whole number"),
+        (the_roomiest, "not the largest of the smallest sides"),
+        (a_fraction_without_a_limit, "// in place of /; and it can be at most"),
+        (half_a_fraction, "a decimal number (5.")],
 }
