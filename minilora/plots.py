@@ -65,12 +65,17 @@ def lines(x: Sequence, series: Mapping[str, Sequence], *, title: str, xlabel: st
         ticks = sorted({v for xs in (x.values() if isinstance(x, Mapping) else [x]) for v in xs})
         axes.set_xticks(ticks, [f"{v:g}" for v in ticks], minor=False)
     if logy:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(PlainLog())
-        axes.yaxis.set_minor_formatter(PlainLog())
+        logarithmic(axes)
     if len(series) > 1 or limit:
         axes.legend()
     return fig
+
+
+def logarithmic(axes) -> None:
+    """Count y in powers, written out."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(PlainLog())
+    axes.yaxis.set_minor_formatter(PlainLog())
 
 
 class PlainLog(LogFormatterSciNotation):
@@ -102,7 +107,7 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence], *, title: str, y
     if dots:
         axes.plot(at, dots[1], "o", color="white", markeredgecolor="black", markersize=9, label=dots[0])
     if logy:
-        axes.set_yscale("log")
+        logarithmic(axes)
     axes.set_xticks(at, groups)
     axes.grid(axis="x", visible=False)
     if len(series) > 1 or dots:
