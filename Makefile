@@ -7,7 +7,7 @@ ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)  # as in a container
 
 # the student version, in release/; what has been worked on there is kept
 lab: release
-	$(BIN)/jupyter lab $(ROOT) --ServerApp.root_dir=. release/01_what_does_changing_every_weight_cost.ipynb
+	$(BIN)/jupyter lab $(ROOT) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/release/01_what_does_changing_every_weight_cost.ipynb
 
 run: .venv/.base
 	$(BIN)/python tests/run_notebooks.py
