@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,8 +53,17 @@ def join(parallel: str | None) -> tuple[int, int]:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
-        atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+        atexit.register(leave)
     return dist.get_rank(), processes
+
+
+def leave() -> None:
+    """Give the group up at the end of the process, in good order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # gloo's threads may still be letting go of the last exchange's tensors, and need the interpreter for that: were
+        # it torn down under them, a process that has done its work would end with an abort
+        time.sleep(0.2)
 
 
 def device() -> torch.device:
