@@ -12,6 +12,7 @@ from pathlib import Path
 
 REGION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n(?:(?!.*### BEGIN SOLUTION).*\n)*?[ \t]*### END SOLUTION[ \t]*$",
                     re.MULTILINE)
+# what a student finds in the place of a solution: nbgrader's own text, word for word
 STUB = r"\1# YOUR CODE HERE\n\1raise NotImplementedError()"
 
 

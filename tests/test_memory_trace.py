@@ -244,7 +244,6 @@ def test_weights_of_before_gradients_that_stay_and_names_of_modules():
 
 
 def test_a_four_bit_base_is_counted_as_such():
-    pytest.importorskip("minilora.quant")
     with fake():
         t = measure(training_step(OURS, "qlora", rank=4, batch=3, seq=8, target_modules=("q_proj", "v_proj")))
     weights = {b.module: 0 for b in t.held if b.kind == "quantised weights"}
