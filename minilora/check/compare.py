@@ -29,7 +29,8 @@ def difference(got: Any, expected: Any, tolerance: float, what: str = "the resul
         return tensor_difference(as_tensor(got), as_tensor(expected), tolerance, what)
     if type(got) is not type(expected):
         wanted = f"a tensor of shape {tuple(expected.shape)}" if isinstance(expected, torch.Tensor) else short(expected)
-        return f"{what} is {short(repr(got), 40)} ({type(got).__name__}), expected {wanted} ({type(expected).__name__})"
+        found = getattr(got, "type_name", type(got).__name__)  # of a value from another process
+        return f"{what} is {short(repr(got), 40)} ({found}), expected {wanted} ({type(expected).__name__})"
     if type(expected).__eq__ is object.__eq__:  # a function or a plain object: a fresh one is never equal to another
         return None
     same = np.array_equal(got, expected) if isinstance(expected, np.ndarray) else got == expected

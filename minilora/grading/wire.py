@@ -29,10 +29,10 @@ class Unreadable(ValueError):
 
 
 class Other:
-    """Stands for a value that cannot be sent, in a subclass of its type's name: a function, an unknown object."""
+    """Stands for a value that cannot be sent: a function, a generator, an object of an unknown class."""
 
-    def __init__(self, text: str):
-        self.text = text
+    def __init__(self, type_name: str, text: str):
+        self.type_name, self.text = type_name, text
 
     def __repr__(self) -> str:
         return self.text
@@ -50,6 +50,10 @@ class OtherIterator(Other):
 
 class OtherModule(nn.Module):
     """A module of a class that is not in the table."""
+
+    def __init__(self, type_name: str):
+        super().__init__()
+        self.type_name = type_name
 
 
 # ---------------------------------------------------------------- in the student's process
@@ -146,8 +150,7 @@ class Reader:
             case ["ellipsis", *_]:
                 return ...
             case ["iterator" | "other" as kind, str(name), str(text)]:
-                base = OtherIterator if kind == "iterator" else Other
-                return type(short(name, 80), (base,), {})(short(text, 200))
+                return (OtherIterator if kind == "iterator" else Other)(short(name, 80), short(text, 200))
         raise Unreadable("no value of a known kind")
 
     def count(self, numbers: int) -> None:
@@ -171,7 +174,7 @@ class Reader:
     def module(self, name: str, parameters: list, buffers: list, children: list) -> nn.Module:
         """Built again from its tensors: no constructor runs, and no code but that of the classes in the table."""
         if name not in MODULES:
-            return type(short(name, 80), (OtherModule,), {})()
+            return OtherModule(short(name, 80))
         module = MODULES[name].__new__(MODULES[name])
         nn.Module.__init__(module)
         for key, data, trains in parameters:
