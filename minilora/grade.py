@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .grading.calls import short
 from .grading.nursery import Ended, Nursery, Student
 from .grading.papers import Paper, collect, exercises_of, read
-from .grading.wire import Unreadable, decode, decode_call, encode
+from .grading.wire import Other, Unreadable, decode, decode_call, encode
 from .grading.worker import definitions
 
 __all__ = ["COLUMNS", "definitions", "exercises", "main", "read"]
@@ -57,9 +57,10 @@ class Examination:
 
     def __init__(self, exercise, seed: int):
         self.exercise = exercise
-        self.parts = exercise.cases, exercise.drawn_cases(seed, DRAWN)
-        cases = [case for part in self.parts for case in part]
-        self.before = [tuple(map(decode, map(encode, exercise.arguments(case)))) for case in cases]
+        self.parts = [(cases, exercise.outcomes(exercise.reference, cases))
+                      for cases in (exercise.cases, exercise.drawn_cases(seed, DRAWN))]
+        cases = [case for cases, _ in self.parts for case in cases]
+        self.before = [sent(exercise.arguments(case)) for case in cases]
         self.request = {"do": "call", "name": exercise.name, "recorded": exercise.recorded,
                         "listed": exercise.observe is not None,
                         "cases": base64.b64encode(pickle.dumps([*map(exercise.arguments, cases)])).decode()}
@@ -78,16 +79,22 @@ class Examination:
         if not isinstance(calls, list) or len(calls) != len(self.before):
             raise Ended("sends what was not asked for")
         try:
-            done = [decode_call(call) for call in calls]
+            done = [decode_call(call, before) for call, before in zip(calls, self.before)]
             with self.lock:
                 outcomes = [self.exercise.seen(d, b) for d, b in zip(done, self.before)]
-                first, drawn = self.parts
-                return (self.exercise.judge(first, outcomes[:len(first)])
-                        or self.exercise.judge(drawn, outcomes[len(first):]) or "")
+                problems = (self.exercise.judge(cases, [outcomes.pop(0) for _ in cases], expected)
+                            for cases, expected in self.parts)
+                return next(filter(None, problems), "")
         except Unreadable as error:
             return f"{self.exercise.name} gives what cannot be compared: {error}"
         except Exception as error:  # a number of 1,000 digits, a name that no dict may hold: whatever they thought of
             return f"{self.exercise.name} gives what cannot be compared: {type(error).__name__}: {short(error)}"
+
+
+def sent(arguments: tuple) -> tuple:
+    """Arguments as they come back from a function that leaves them alone."""
+    copies = (decode(encode(a)) for a in arguments)
+    return tuple(a if isinstance(copy, Other) else copy for a, copy in zip(arguments, copies))
 
 
 class Examiner:

@@ -77,7 +77,14 @@ class Student:
 
 
 class Nursery:
-    """A context: inside it, `student()` starts a process, and `partial` says why isolation is partial, or ""."""
+    """A context: inside it, `student()` starts a process, and `partial` says why isolation is partial, or "".
+
+    Args:
+        alone: False does without namespaces, as where the kernel gives none.
+    """
+
+    def __init__(self, alone: bool = True):
+        self.alone = alone
 
     def __enter__(self) -> "Nursery":
         self.socket, theirs = socket.socketpair()
@@ -87,7 +94,8 @@ class Nursery:
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         # -P: the working folder, which may hold the submissions, is no place to import from
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "minilora.grading.nursery", str(theirs.fileno()), self.room],
+            [sys.executable, "-P", "-m", "minilora.grading.nursery", str(theirs.fileno()), self.room,
+             "alone" if self.alone else "with others"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
             env=os.environ | QUIET | {"PYTHONPATH": path})
         theirs.close()
@@ -168,7 +176,7 @@ def live(requests: int, replies: int, room: Path, isolated: bool) -> None:
         os._exit(0)
 
 
-def main(descriptor: int, room: Path) -> None:
+def main(descriptor: int, room: Path, alone: bool) -> None:
     import IPython.terminal.interactiveshell  # noqa: F401, what notebooks import is imported once
     import matplotlib.pyplot  # noqa: F401
     import torch  # noqa: F401
@@ -180,7 +188,7 @@ def main(descriptor: int, room: Path) -> None:
 
     assert not any(name.startswith("minilora.check") for name in sys.modules), "the nursery must know no checker"
     link = socket.socket(fileno=descriptor)
-    partial = possible(room)
+    partial = possible(room) if alone else "not asked for"
     link.send(json.dumps(partial).encode())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -198,4 +206,4 @@ def main(descriptor: int, room: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "alone")

@@ -66,6 +66,8 @@ def encode(value: Any, arguments: tuple = ()) -> Any:
         return ["same", place]
     if value is None or isinstance(value, (bool, str)):
         return value if type(value) in (bool, str, type(None)) else str(value)
+    if isinstance(value, int) and value.bit_length() > 4096:  # more digits than Python would write
+        return ["other", "int", f"a whole number of {value.bit_length()} bits"]
     if isinstance(value, (int, float)):
         return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, (np.number, np.bool_)):
@@ -191,8 +193,9 @@ class Reader:
             module.out_features, module.in_features = module.weight.shape
         return module
 
-    def call(self, data: Any) -> Call:
+    def call(self, data: Any, before: tuple) -> Call:
         after = tuple(self.value(a) for a in data["after"])
+        after = tuple(b if isinstance(a, Other) else a for a, b in zip(after, before))  # a function stays what it is
         problem = None
         if data["failure"] is not None:
             kind, parents, text, line = data["failure"]
@@ -205,14 +208,14 @@ def decode(data: Any) -> Any:
     return Reader().value(data)
 
 
-def decode_call(data: Any) -> Call:
-    """The call that `data`, parsed JSON of an untrusted sender, stands for.
+def decode_call(data: Any, before: tuple) -> Call:
+    """The call that `data`, parsed JSON of an untrusted sender, stands for; `before` are the arguments it was given.
 
     Raises:
         Unreadable: it stands for none.
     """
     try:
-        return Reader().call(data)
+        return Reader().call(data, before)
     except Unreadable:
         raise
     except Exception as error:  # whatever the sender made up, of whatever shape
