@@ -6,6 +6,8 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 
+from . import __version__
+
 # command -> the room that has the function of the same name and "_command", and what it does
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("adapter_tools", "what is inside an adapter: rank, norm, spectrum of every module"),
@@ -39,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("minilora COMMAND ..., where COMMAND is one of\n")
         print("\n".join(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()))
         print("\nminilora COMMAND --help tells of its options.")
+        return 0
+    if arguments[0] == "--version":
+        print(f"minilora {__version__}")
         return 0
     name, *rest = arguments
     try:
