@@ -13,14 +13,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("adapter_tools", "what is inside an adapter: rank, norm, spectrum of every module"),
     "truncate": ("adapter_tools", "write an adapter again at a smaller rank, as near as that rank allows"),
     "extract": ("adapter_tools", "write the adapter nearest to the difference of two checkpoints"),
-    "memory": ("memory.account", "what a training step of a model needs, to the byte, and when"),
-    "fit": ("memory.fit", "whether a training step fits which cards, and what to change so that it does"),
-    "claims": ("memory.claims", "what papers say of memory, reproduced or not, with the arithmetic"),
-    "models": ("memory.models", "the models whose shapes are known"),
-    "cards": ("memory.cards", "the cards, and how much of each a run may use"),
+    "memory": ("memory.cli", "what a training step of a model needs, to the byte, and when"),
+    "fit": ("memory.cli", "whether a training step fits which cards, and what to change so that it does"),
+    "claims": ("memory.cli", "what papers say of memory, reproduced or not, with the arithmetic"),
+    "models": ("memory.cli", "the models whose shapes are known"),
+    "cards": ("memory.cli", "the cards, and how much of each a run may use"),
     "wire": ("experiments", "what a training step sends to other processes, counted: to be run under torchrun"),
-    "stream": ("memory.streamed", "train on a base that stays on disk or in host memory, beside the plan"),
-    "trace": ("memory.step", "what one training step of a Hugging Face architecture would allocate on a GPU, traced"),
+    "stream": ("stream_run", "train on a base that stays on disk or in host memory, beside the plan"),
+    "trace": ("memory.cli", "what one training step of a Hugging Face architecture would allocate on a GPU, traced"),
 }
 
 # package that a command may do without until it is asked for -> the extra that brings it

@@ -1,5 +1,5 @@
 """A streamed run beside its plan: ``python -m minilora stream`` builds a store, trains a few steps under a hard budget
-of device memory, and says what was held, moved and waited for, next to what `account.estimate` said before.
+of device memory, and says what was held, moved and waited for, next to what `memory.estimate` said before.
 
 Device memory is CUDA's, or without CUDA the process's anonymous memory: what it wrote itself and no file backs. The
 page cache, which holds what was read of the store, is not in it: it is the system's, and gives way.
@@ -19,20 +19,22 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..adapters import save_adapter
-from ..config import ALL_LINEAR, LoRAConfig, require
-from ..injection import inject
-from ..llama import LlamaConfig, read_json
-from ..quant import LEVELS
-from ..weight_store import RECIPE, Source, Store, build_store
-from ..stream import StreamedLlama, Traffic
-from ..tables import bytes_text, table
-from ..train import train
-from .account import Bill, Training, estimate
-from .cards import Card
-from .fit import judge
-from .models import ModelSpec, suggest
-from .play import OURS
+from .adapters import save_adapter
+from .config import ALL_LINEAR, LoRAConfig, require
+from .injection import inject
+from .llama import LlamaConfig, read_json
+from .memory.bill import Bill, estimate
+from .memory.cards import Card
+from .memory.config_file import suggest
+from .memory.costs import flops
+from .memory.fitting import judge
+from .memory.models import FAMILIES, ModelSpec
+from .memory.run import Training
+from .quant import LEVELS
+from .weight_store import RECIPE, Source, Store, build_store
+from .stream import StreamedLlama, Traffic
+from .tables import bytes_text, table
+from .train import train
 
 M_MMAP_THRESHOLD = -3  # of mallopt
 UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -47,8 +49,10 @@ def config_of(name: str) -> LlamaConfig:
         ValueError: no such model, or one that our decoder is not.
     """
     spec = ModelSpec.preset(name)
-    gpt3, ours = name == "gpt3-175b", spec.family in OURS
-    require(gpt3 or ours, f"our decoder is no {name}: expected a model of {', '.join(OURS)}, or gpt3-175b", spec.family)
+    gpt3, ours = name == "gpt3-175b", spec.layout.own_decoder is not None
+    if not (gpt3 or ours):
+        known = ", ".join(kind for kind, family in FAMILIES.items() if family.own_decoder)
+        require(False, f"our decoder is no {name}: expected a model of {known}, or gpt3-175b", spec.family)
     return LlamaConfig(spec.vocab, spec.hidden, spec.ffn if ours else spec.hidden * 8 // 3, spec.layers, spec.heads,
                        spec.kv_heads, spec.head_dim, spec.context, attention_bias=ours and spec.qkv_bias,
                        attention_out_bias=ours and spec.out_bias, tie_word_embeddings=spec.tied)
@@ -259,7 +263,7 @@ def compared(bill: Bill, found: dict | None) -> dict:
         return {}
     weights = sum(size for what, size in bill.moved.items() if what != "saved inputs, away and back")
     return {"loss": found["loss"], "peak": {"plan": bill.peak, "measured": found["peak"]},
-            "moved": {"plan": weights, "measured": found["moved"]}, "flops": bill.run.flops(bill.spec),
+            "moved": {"plan": weights, "measured": found["moved"]}, "flops": flops(bill.spec, bill.run),
             "seconds": {name: found[name] for name in ("step", "copying", "waiting")}}
 
 
