@@ -6,10 +6,12 @@ may bear the name of a function that is looked up here: importing it would put t
 
 from importlib import import_module
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 _HOME = {
     "config": ("LoRAConfig",),
     "layers": ("LoRALayer",),
-    "insert": ("plan", "inject", "remove", "merge", "unmerge", "report", "lora_parameters"),
+    "injection": ("plan", "inject", "remove", "merge", "unmerge", "report", "lora_parameters"),
     "adapters": ("save_adapter", "load_adapter", "fingerprint"),
     "bank": ("AdapterBank",),
 }

@@ -1,0 +1,208 @@
+"""Writes what the notebooks already say into the pages that gather it: ``python tools/pages.py``.
+
+README.md gets two of the figures, an answer of the memory calculator, how far such answers are off, what was measured
+on a card, the map of the notebooks and the ledger of claims; notebooks/TEACHING.md gets the misconception behind each
+wrong answer to a prediction. A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types
+there. A test holds the pages against the notebooks.
+"""
+
+import base64
+import contextlib
+import importlib
+import io
+import json
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "gpu"))
+
+import run as gpu
+from common import measured_rows
+
+from minilora.__main__ import main
+from minilora.check import Estimate, Prediction, brief
+from minilora.experiments import measured
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ROW = re.compile(r"^\|(.+)\|(.+)\|(.+)\|[ \t]*$", re.MULTILINE)
+# A source: in brackets at the end of a claim. "paper" alone is LoRA's; other papers and issues go by their names.
+SOURCE = re.compile(r"\s*\(((?:the lesson|paper|rsLoRA|[A-Z])[^()]*)\)\s*$")
+FIGURES = (("06", 0), ("11", 1))  # (notebook, which of its figures)
+QUESTION = ("memory --model llama-3-8b --method qlora --rank 16 --targets all-linear --batch 1 --seq 2048 "
+            "--checkpointing --card rtx-4090")
+HEART = {"01": "a census of one training step, formula against measured bytes",
+         "02": "recover a hidden low-rank update, rank by rank",
+         "03": "one budget spent on different modules of a pretrained decoder",
+         "04": "alpha / r against alpha / sqrt(r), rank 1 to 256",
+         "05": "the spectra of real updates, full fine-tuning's and LoRA's, beside random controls",
+         "06": "LoRA against full fine-tuning, each at its own best learning rate, near task and far",
+         "07": "six faults, diagnosed blind from curves and reports",
+         "08": "a thousand merges and unmerges, naive and exact",
+         "09": "every adapter on every task and base",
+         "10": "NF4 from normal quantiles, and an adapter on a 4-bit base",
+         "11": "the title of the lesson put to the test: what fits, and the streamed base that makes it so",
+         "12": "prompt, prefix, (IA)3, bottleneck adapters, BitFit and LoRA on one task",
+         "13": "capstone: budget, train, compare, ship, defend",
+         "14": "optional: the same steps on a real pretrained transformer"}
+
+
+@dataclass
+class Claim:
+    """One row of a notebook's last table."""
+
+    notebook: Path
+    text: str
+    source: str
+    shown: str
+    verdict: str
+
+    @property
+    def cells(self) -> list[int]:
+        """The numbers of the code cells that show it."""
+        return [int(n) for part in re.findall(r"\bcells? ((?:\d+(?:, | and | to )?)+)", self.shown)
+                for n in re.findall(r"\d+", part)]
+
+
+def markdown(path: Path) -> list[str]:
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+
+
+def claims(path: Path) -> list[Claim]:
+    """The claims of one notebook, in order; the source is what stands in brackets at the end of a claim."""
+    table = "\n".join(markdown(path)).split("## What you can now claim")[-1]
+    found = []
+    for text, shown, verdict in ROW.findall(table)[2:]:
+        source = SOURCE.search(text)
+        found.append(Claim(path, SOURCE.sub("", text).strip(), source[1] if source else "", shown.strip(),
+                           verdict.strip()))
+    return found
+
+
+def ledger() -> str:
+    """Every claim that someone else made, the lesson's part by part, then the LoRA paper's, then those of others."""
+    everything = [claim for path in NOTEBOOKS for claim in claims(path) if claim.source]
+    order = ("the lesson", "paper")
+    lines = ["| claim | made in | tested in | verdict |", "|---|---|---|---|"]
+    for c in sorted(everything, key=lambda c: ([not c.source.startswith(who) for who in order], c.source)):
+        where = f"[{c.notebook.name[:2]}](notebooks/{c.notebook.name})"
+        if c.cells:
+            where += f", cell{'s' * (len(c.cells) > 1)} {', '.join(map(str, sorted(c.cells)))}"
+        lines.append(f"| {c.text} | {c.source} | {where} | {c.verdict} |")
+    return "\n".join(lines)
+
+
+def sequence() -> str:
+    """The map: every notebook, the experiment at its heart, and its minutes, as its first cell has them."""
+    lines = ["| | notebook | the experiment at its heart | minutes |", "|---|---|---|---|"]
+    for path in NOTEBOOKS:
+        first, number = markdown(path)[0], path.name[:2]
+        title, minutes = re.match(r"# \d\d · (.+)", first)[1], re.search(r"(\d+) minutes", first)[1]
+        lines.append(f"| {number} | [{title}](notebooks/{path.name}) | {HEART[number]} | {minutes} |")
+    return "\n".join(lines)
+
+
+def misconceptions() -> str:
+    """Every prediction, and what is behind each wrong answer to it."""
+    lines = []
+    for path in NOTEBOOKS:
+        module = importlib.import_module(f"minilora.check.nb{path.name[:2]}")
+        asked = {name: value for name, value in vars(module).items() if isinstance(value, Prediction | Estimate)}
+        lines.append(f"**{re.match('# (.+)', markdown(path)[0])[1]}**\n")
+        for name, value in asked.items():
+            if isinstance(value, Prediction):
+                wrong = [(f"{choice}", text) for choice, text in value.answers.items() if choice != value.right]
+                lines.append(f"- `{name}`: {value.right} is right. {value.answers[value.right]}")
+            else:
+                wrong = [(f"{brief(ratio)} times the measured value", text) for ratio, text in value.misconceptions]
+                lines.append(f"- `{name}`, a number:")
+            lines += [f"  - {choice}: {text}" for choice, text in wrong]
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def figures() -> str:
+    """Two figures of the notebooks, side by side; their alternative text is the sentence under them."""
+    shown = "".join(f'<img src="notebooks/figures/{name}.png" width="48%" alt="{alt}">\n'
+                    for name, (_, alt) in pictures().items())
+    return f"<p>\n{shown}</p>"
+
+
+def pictures() -> dict[str, tuple[bytes, str]]:
+    """Name -> (PNG, alternative text) of the figures for README.md, as the notebooks hold them."""
+    found = {}
+    for number, which in FIGURES:
+        (path,) = (p for p in NOTEBOOKS if p.name.startswith(number))
+        cells = (cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+        output = [o for cell in cells for o in cell.outputs if "image/png" in o.get("data", {})][which]
+        alt = output.metadata["image/png"]["alt"]
+        found[f"{number}_{which}"] = base64.b64decode(output.data["image/png"]), alt
+    return found
+
+
+def answer() -> str:
+    """One question to the calculator, as it is typed, and what it answers."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        main(shlex.split(QUESTION))
+    return f"```\n$ python -m minilora {QUESTION}\n{out.getvalue().rstrip()}\n```"
+
+
+def accuracy() -> str:
+    """How far the calculators of tests/bench/memory_peers.py are from the trace, over the fine-tunes each answers."""
+    rows = measured("peers")["rows"]
+    lines = ["| calculator | answers | mean difference from the trace | lowest | highest |", "|---|---|---|---|---|"]
+    for who in [key for key in rows[0] if key not in ("model", "options", "trace")]:
+        off = [row[who] / row["trace"] - 1 for row in rows if row[who]]
+        lines.append(f"| {'minilora' if who == 'ours' else who} | {len(off)} of {len(rows)} "
+                     f"| {sum(map(abs, off)) / len(off):.1%} | {min(off):+.1%} | {max(off):+.1%} |")
+    return "\n".join(lines)
+
+
+def card() -> str:
+    """What tests/gpu/run.py measures, and what its records say."""
+    lines = ["| | rows | on a card |", "|---|---|---|"]
+    described = dict(re.findall(r"run\.py (\w+) +(.+): (?:data/measured/)?gpu_\w+\.json", gpu.__doc__))
+    for name, benchmark in gpu.BENCHMARKS.items():
+        file, found = gpu.RECORDS / f"gpu_{name}.json", "not measured yet"
+        if file.exists():
+            record = json.loads(file.read_text())
+            missed, rows = len(benchmark.misses(record)), len(measured_rows(record))
+            found = f"{record['card']}, {record['date']}: {rows} rows, " + (f"{missed} goals missed" if missed else
+                                                                           "every goal met")
+        lines.append(f"| `{name}`: {described[name]} | {len(benchmark.items(False))} | {found} |")
+    return "\n".join(lines)
+
+
+PAGES = {ROOT / "README.md": {"figures": figures, "answer": answer, "accuracy": accuracy, "card": card,
+                              "map": sequence, "ledger": ledger},
+         ROOT / "notebooks" / "TEACHING.md": {"misconceptions": misconceptions}}
+
+
+def filled(page: Path) -> str:
+    """The page with its generated parts made anew.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    text = page.read_text(encoding="utf-8")
+    for name, make in PAGES[page].items():
+        parts = re.split(f"(<!-- {name} -->\n|\n<!-- /{name} -->)", text)
+        if len(parts) != 5:
+            raise ValueError(f"{page.name} must hold <!-- {name} --> and <!-- /{name} --> once, on lines of their own")
+        text = "".join((*parts[:2], make(), *parts[3:]))
+    return text
+
+
+if __name__ == "__main__":
+    for name, (png, _) in pictures().items():
+        (ROOT / "notebooks" / "figures").mkdir(exist_ok=True)
+        (ROOT / "notebooks" / "figures" / f"{name}.png").write_bytes(png)
+    for page in PAGES:
+        page.write_text(filled(page), encoding="utf-8")
+        print(f"{page.relative_to(ROOT)} is up to date")
