@@ -246,3 +246,30 @@ def test_nbgrader_releases_grades_and_gives_feedback(book, tmp_path, monkeypatch
         assert ("not yet: double is not written yet" in page) == (student == "blank")
     with course.gradebook as grades:
         assert {s.student.id: s.score for s in grades.assignment_submissions("week")} == {"solved": 1, "blank": 0}
+
+
+def test_one_copied_cell_stops_no_class_and_no_slow_cell_is_cut_off(book, tmp_path, monkeypatch):
+    from nbgrader.apps import NbGraderAPI
+    from nbgrader.preprocessors import Execute
+    from traitlets.config import Config
+
+    from minilora.nbgrader_config import configure
+
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source" / "week").mkdir(parents=True)
+    nbformat.write(book, tmp_path / "source" / "week" / "01_a.ipynb")
+    doubled = copy.deepcopy(book)
+    doubled.cells[1:1] = copy.deepcopy(book.cells[1:2])
+    doubled.cells[1].source, doubled.cells[1].id = "def double(n):\n    return 0", "copy"
+    (tmp_path / "submitted" / "mia" / "week").mkdir(parents=True)
+    nbformat.write(doubled, tmp_path / "submitted" / "mia" / "week" / "01_a.ipynb")
+    config = Config({"CourseDirectory": {"root": str(tmp_path)}})
+    plain = NbGraderAPI(config=config.copy())
+    assert plain.generate_assignment("week")["success"] and not plain.autograde("week", "mia")["success"]
+    configure(config)
+    ours = NbGraderAPI(config=config)
+    assert ours.autograde("week", "mia")["success"]
+    with ours.gradebook as grades:
+        assert [s.score for s in grades.assignment_submissions("week")] == [1]
+    assert Execute().timeout == 30 and Execute(config=config).timeout == 600

@@ -178,11 +178,12 @@ def live(requests: int, replies: int, room: Path, isolated: bool) -> None:
 
 def main(descriptor: int, room: Path, alone: bool) -> None:
     import IPython.terminal.interactiveshell  # noqa: F401, what notebooks import is imported once
-    import matplotlib.pyplot  # noqa: F401
     import torch  # noqa: F401
 
     import minilora  # noqa: F401
 
+    with contextlib.suppress(ImportError):
+        import matplotlib.pyplot  # noqa: F401
     from . import worker  # noqa: F401
     from .sandbox import possible
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from .sandbox import PACKAGE
+from ..shipped import PACKAGE, shipped
 
 LARGEST = 20 * 2**20  # bytes of a notebook
 OUTSIDE = {"open", "exec", "eval", "globals", "locals", "vars", "os", "sys", "gc", "inspect", "ctypes", "subprocess",
@@ -79,8 +79,8 @@ def numbers() -> list[str]:
 
 @cache
 def published() -> dict[str, Path]:
-    """Number -> the solved notebook, where the repository is at hand."""
-    return {path.name[:2]: path for path in sorted((PACKAGE.parent / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+    """Number -> the solved notebook."""
+    return {path.name[:2]: path for path in sorted(shipped("notebooks").glob("[0-9][0-9]_*.ipynb"))}
 
 
 # ---------------------------------------------------------------- collecting

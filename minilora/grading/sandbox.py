@@ -12,6 +12,8 @@ import site
 import sys
 from pathlib import Path
 
+from ..shipped import DATA, PACKAGE
+
 MEMORY, FILE, FILES, PROCESSES = 3 * 2**30, 16 * 2**20, 256, 64  # bytes, bytes, open files, processes and threads
 ROOM = "size=64m,nr_inodes=2k,mode=1777"  # what a submission may write in all; it lies in memory
 NOBODY = 65534
@@ -19,7 +21,6 @@ NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x2
 BIND, REC, PRIVATE, NOSUID, NODEV, NOEXEC, DETACH = 4096, 16384, 1 << 18, 2, 4, 8, 2
 PIVOT_ROOT, CAPSET, MOUNT_SETATTR = {"x86_64": (155, 126, 442), "aarch64": (41, 91, 442)}.get(
     os.uname().machine if hasattr(os, "uname") else "", (0, 0, 0))
-PACKAGE = Path(__file__).resolve().parents[1]
 SECRET = ("check", "notebooks")  # folders of this package in which the answers stand
 
 
@@ -51,7 +52,7 @@ def readable() -> list[Path]:
     places = [Path(p) for p in ("/usr", "/lib", "/lib64", "/bin", "/etc", "/nix/store")]
     places += [Path(p) for p in (sys.prefix, sys.base_prefix, sys.exec_prefix, *site.getsitepackages())]
     places += [Path(p) for p in sys.path if p.endswith("-packages")]  # not a working folder, which may hold anything
-    places += [PACKAGE, PACKAGE.parent / "data"]
+    places += [PACKAGE, DATA]
     places += [p.resolve() for p in places]
     found = {Path(os.path.abspath(p)) for p in places if p.exists()} - {Path("/")}
     return sorted(p for p in found if not any(q in found for q in p.parents))
