@@ -32,7 +32,7 @@ from .grading.worker import definitions
 __all__ = ["COLUMNS", "definitions", "exercises", "main", "read"]
 COLUMNS = ("student", "notebook", "exercise", "points", "of", "message", "flags")
 SECONDS = 120  # for one cell, or for one exercise
-PATIENCE = 10  # so many times SECONDS for a whole submission
+PATIENCE = 5  # so many times SECONDS for a whole submission
 DRAWN = 24  # inputs that nobody can foresee, beside the ones that the notebook tries
 DONE = "done"
 MISSING = "there is no such function or class in the notebook"
@@ -102,7 +102,14 @@ class Examiner:
 
     def __init__(self, nursery: Nursery, seed: int, seconds: float = SECONDS):
         self.nursery, self.seed, self.seconds = nursery, seed, seconds
+        self.stopped = False
         self.examinations: dict[str, dict[str, Examination]] = {}
+
+    def stop(self) -> None:
+        """Ends what runs, as after Ctrl-C."""
+        self.stopped = True
+        for student in list(self.nursery.students):
+            student.let_go()
 
     def prepare(self, number: str) -> None:
         if number not in self.examinations:
@@ -121,7 +128,7 @@ class Examiner:
             at, why = self.attempt(paper, exams, skip, found, end)
             if at in exams and why:
                 found[at] = f"{at} {why}"
-            if not why or at in skip or time.monotonic() > end:
+            if not why or at in skip or at == "start" or self.stopped or time.monotonic() > end:
                 return {name: found.get(name) or f"not graded: {at} {why}" for name in exams}
             skip.add(at)
 
@@ -131,7 +138,7 @@ class Examiner:
         at = "start"
 
         def ask(request: dict) -> dict:
-            return student.ask(request, max(0.01, min(self.seconds, end - time.monotonic())))
+            return student.ask(request, 0 if self.stopped else max(0.01, min(self.seconds, end - time.monotonic())))
 
         with self.nursery.student() as student:
             try:
@@ -195,6 +202,9 @@ def main(arguments: list[str] | None = None) -> int:
         options = options_of(arguments)
     except SystemExit as end:  # argparse has said why
         return int(end.code or 0)
+    if not hasattr(os, "fork"):
+        print("grading needs Linux or macOS: a submission runs in a process that is forked", file=sys.stderr)
+        return 2
     if importlib.util.find_spec("IPython") is None:
         print("grading needs IPython, which runs the cells of a notebook: pip install ipython", file=sys.stderr)
         return 2
@@ -207,11 +217,18 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"cannot write {options.csv}: {error.strerror}", file=sys.stderr)
         return 2
-    with file, Nursery() as nursery:
-        if nursery.partial:
-            print("isolation is partial: a submission here can read files and reach the network, so grade those of "
-                  f"people you trust, or in a container ({nursery.partial})", file=sys.stderr)
-        totals = examine(papers, Examiner(nursery, options.seed, options.seconds), file)
+    try:
+        with file, Nursery() as nursery:
+            if nursery.partial:
+                print("isolation is partial: a submission here can read files and reach the network, so grade those "
+                      f"of people you trust, and look at what is flagged ({nursery.partial})", file=sys.stderr)
+            totals = examine(papers, Examiner(nursery, options.seed, options.seconds), file)
+    except RuntimeError as error:
+        print(f"nothing is graded: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; what was graded stands in {options.csv}", file=sys.stderr)
+        return 130
     report(papers, totals)
     print(f"every exercise: {options.csv}; inputs of this run again: --seed {options.seed}")
     return 0
@@ -225,7 +242,8 @@ def examine(papers: list[Paper], examiner: Examiner, file) -> dict[str, list[int
         examiner.prepare(paper.number)
     totals: dict[str, list[int]] = {}
     best: dict[tuple[str, str, str], int] = {}  # an exercise is worth one point, however many copies come in
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    try:
         graded = pool.map(lambda paper: rows(examiner, paper), papers)
         for paper, results in zip(papers, tqdm(graded, total=len(papers), unit="notebook")):
             total = totals.setdefault(paper.student, [0, 0])
@@ -239,6 +257,9 @@ def examine(papers: list[Paper], examiner: Examiner, file) -> dict[str, list[int
                               cell("; ".join(paper.flags))])
                 total[0], total[1] = total[0] + gained, total[1] + of
             file.flush()  # what is graded stays graded, whatever comes
+    finally:
+        examiner.stop()
+        pool.shutdown(cancel_futures=True)
     return totals
 
 

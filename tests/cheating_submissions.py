@@ -1,8 +1,8 @@
 """Submissions that try to earn a point without solving anything: name -> the code of their one cell.
 
 Each is for notebook 02 and calls its own trick from all four exercises. A trick that finds nothing answers as one who
-has not solved the exercise. Some do harm where nothing holds them, so they look first whether they are shut in: a
-process with the root folder that the sandbox makes has an empty /old.
+has not solved the exercise. Some do harm, or find the answers, where nothing holds them: those of `NEED_WALLS` look
+first whether they are shut in, since the root folder that the sandbox makes has an empty /old.
 """
 
 EXERCISES = {"count_parameters": "shapes, rank", "merged_weight": "W0, A, B, alpha",
@@ -284,6 +284,21 @@ Trick.__call__ = lambda self, *a: self
 def trick(name, *a): return Trick()''',
     "recursion": "def trick(name, *a): return trick(name, *a)",
 }
-# All of a trick runs as soon as its cell is read; where it is not shut in, nothing of it does.
-CHEATS = {name: f"@(lambda f: f())\ndef start():\n    import os\n    os.path.isdir('/old') or os._exit(1)\n"
-                f"    exec({code.strip()!r}, globals())\n\n\n{ALL}" for name, code in TRICKS.items()}
+
+
+NEED_WALLS = {"import_the_checker_past_the_stub", "read_the_checker", "search_the_disk_for_the_checker",
+              "read_the_solved_notebook", "unmount_what_hides_the_checker", "leave_the_root", "open_descriptors",
+              "memory_of_others", "kill_the_grader", "write_my_own_grade", "twins"}
+
+
+def submission(trick: str, number: str = "02", signatures: dict[str, str] = EXERCISES) -> str:
+    """The one cell of a submission to notebook `number`. All of the trick runs as soon as the cell is read."""
+    calls = "\n".join(f"def {name}({names}):\n    return trick('{name}', {names})"
+                      for name, names in signatures.items())
+    code = TRICKS[trick].strip().replace("nb02", f"nb{number}").replace('"02_', f'"{number}_')
+    look = "import os\n    os.path.isdir('/old') or os._exit(1)" if trick in NEED_WALLS else "pass"
+    return (f"@(lambda f: f())\ndef start():\n    {look}\n"
+            f"    exec({code!r}, globals())\n\n\n{calls}")
+
+
+CHEATS = {trick: submission(trick) for trick in TRICKS}

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from cheating_submissions import ALL, CHEATS
+from cheating_submissions import ALL, CHEATS, NEED_WALLS
 
 from minilora.grade import COLUMNS, cell, definitions, exercises, main, read, shown
 from minilora.grading.nursery import Nursery
@@ -160,13 +160,12 @@ def table_of_fixed_answers():
 
 
 def test_no_trick_earns_a_point_and_none_harms_another(tmp_path, nursery):
-    if nursery.partial:
-        pytest.skip(f"the kernel gives no namespaces here: {nursery.partial}")
     folder = tmp_path / "with a space"
     submit(folder, "ana", {})  # before and after the others, and identical
     submit(folder, "zoe", {})
-    for name, source in CHEATS.items():
-        code(folder, name, source)
+    tricks = CHEATS.keys() - (NEED_WALLS if nursery.partial else set())
+    for name in tricks:
+        code(folder, name, CHEATS[name])
     code(folder, "table", table_of_fixed_answers())
     (folder / "link").mkdir()
     (folder / "link" / SOLVED.name).symlink_to(folder / "ana" / SOLVED.name)
@@ -174,7 +173,7 @@ def test_no_trick_earns_a_point_and_none_harms_another(tmp_path, nursery):
     os.mkfifo(folder / "link" / "02_pipe.ipynb")
     before = {path: path.read_bytes() for path in folder.glob("*/*.ipynb") if path.is_file()}
     found = graded(folder, "--seconds", "20", table=tmp_path / "grades.csv")
-    assert len(CHEATS) + 4 >= 30
+    assert len(CHEATS) >= 38 and len(tricks) + 3 >= 30
     earned = {student: n for student in {who for who, _ in found} if (n := points(found, student))}
     assert earned == {"ana": 4, "zoe": 4}
     assert before == {path: path.read_bytes() for path in before} and not Path("/tmp/owned").exists()

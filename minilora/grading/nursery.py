@@ -71,9 +71,16 @@ class Student:
             raise Ended("sends what was not asked for")
         return reply
 
-    def end(self) -> None:
-        for pipe in (self.requests, self.replies, self.leash):
-            os.close(pipe)
+    def let_go(self) -> None:
+        """Ends the process: whoever waits for a reply is told at once."""
+        leash, self.leash = self.leash, -1
+        if leash >= 0:
+            os.close(leash)
+
+    def close(self) -> None:
+        self.let_go()
+        os.close(self.requests)
+        os.close(self.replies)
 
 
 class Nursery:
@@ -84,7 +91,7 @@ class Nursery:
     """
 
     def __init__(self, alone: bool = True):
-        self.alone = alone
+        self.alone, self.students = alone, set()
 
     def __enter__(self) -> "Nursery":
         self.socket, theirs = socket.socketpair()
@@ -119,10 +126,12 @@ class Nursery:
         for pipe in (requests, replies, leash):
             os.close(pipe)
         student = Student(to, replies_from, held)
+        self.students.add(student)
         try:
             yield student
         finally:
-            student.end()
+            self.students.remove(student)
+            student.close()
 
 
 # ---------------------------------------------------------------- inside the nursery
@@ -163,6 +172,8 @@ def live(requests: int, replies: int, room: Path, isolated: bool) -> None:
 
     try:
         os.setsid()
+        with contextlib.suppress(OSError):  # where memory runs out, this is what the kernel ends first
+            Path("/proc/self/oom_score_adj").write_text("1000")
         if isolated:
             shut_in(room)
         else:

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from ..shipped import PACKAGE, shipped
 
-LARGEST = 20 * 2**20  # bytes of a notebook
+LARGEST, CODE = 20 * 2**20, 300_000  # bytes of a notebook, characters of its code
 OUTSIDE = {"open", "exec", "eval", "globals", "locals", "vars", "os", "sys", "gc", "inspect", "ctypes", "subprocess",
            "importlib", "pickle", "signal", "threading", "__import__", "__builtins__"}
 
@@ -55,7 +56,8 @@ def code_cells(path: Path) -> list[dict]:
         if len(data) > LARGEST:
             raise ValueError(f"it has more than {LARGEST >> 20} MiB")
         cells = [cell for cell in json.loads(data.decode("utf-8"))["cells"] if cell["cell_type"] == "code"]
-        sources(cells)
+        if sum(map(len, sources(cells))) > CODE:
+            raise ValueError(f"it has more than {CODE:,} characters of code")
         return [cell | {"metadata": dict(cell.get("metadata") or {})} for cell in cells]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a notebook that can be read: {type(error).__name__}: {error}") from None
@@ -106,11 +108,15 @@ def collect(folder: Path) -> list[Paper]:
 
 def notebooks(folder: Path) -> Iterator[Path]:
     """Notebooks, and links of any kind, which are not followed."""
-    for place, folders, files in os.walk(folder, followlinks=False):
+    for place, folders, files in os.walk(folder, onerror=unread, followlinks=False):
         folders[:] = sorted(f for f in folders if f != ".ipynb_checkpoints")
         here = Path(place)
         yield from (here / f for f in folders if (here / f).is_symlink())
         yield from (here / f for f in sorted(files) if f.endswith(".ipynb"))
+
+
+def unread(error: OSError) -> None:
+    print(f"cannot read {error.filename!r}: {error.strerror}", file=sys.stderr)
 
 
 def look_at(path: Path, parts: tuple[str, ...]) -> Paper:
@@ -162,16 +168,26 @@ def look_closer(paper: Paper, trees: list[ast.Module], defined: Counter, cells: 
     if marks and (lost := sorted(marks_of(paper.number) - set(marks))):
         paper.flags.append(f"cells missing: {', '.join(lost)}")
     paper.answers = answers_in(trees, names)
-    taken = imported(trees)
-    for node in (n for tree in trees for n in tree.body if getattr(n, "name", None) in names):
-        inside = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | imported([node]).keys()
-        library = sorted(taken.get(name) or name for name in inside & (taken | imported([node])).keys())
-        if library:
-            paper.flags.append(f"{node.name} uses {', '.join(library)}")
-        outside = sorted(inside & OUTSIDE | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)
-                                             and n.attr.startswith("__")})
-        if outside:
-            paper.flags.append(f"{node.name} reaches outside of its arguments: {', '.join(outside)}")
+    nodes, taken = {getattr(n, "name", None): n for tree in trees for n in tree.body}, imported(trees)
+    for name in (name for name in names if name in nodes):
+        parts = [part for node in reached(name, nodes) for part in ast.walk(node)]
+        used = {n.id for n in parts if isinstance(n, ast.Name)} | {
+            alias.asname or alias.name for n in parts if isinstance(n, ast.Import | ast.ImportFrom) for alias in n.names}
+        if library := sorted(taken[name] for name in used & taken.keys()):
+            paper.flags.append(f"{name} uses {', '.join(library)}")
+        if outside := sorted(used & OUTSIDE | {n.attr for n in parts if isinstance(n, ast.Attribute)
+                                               and n.attr.startswith("__") and n.attr != "__init__"}):
+            paper.flags.append(f"{name} reaches outside of its arguments: {', '.join(outside)}")
+
+
+def reached(name: str, nodes: dict[str, ast.AST]) -> list[ast.AST]:
+    """The definition of `name` and those that it uses, as far as the names tell."""
+    found, names = [], [name]
+    while names:
+        if (node := nodes.get(names.pop())) and node not in found:
+            found.append(node)
+            names += [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
+    return found
 
 
 def parsed(source: str) -> ast.Module:

@@ -22,6 +22,7 @@ BIND, REC, PRIVATE, NOSUID, NODEV, NOEXEC, DETACH = 4096, 16384, 1 << 18, 2, 4, 
 PIVOT_ROOT, CAPSET, MOUNT_SETATTR = {"x86_64": (155, 126, 442), "aarch64": (41, 91, 442)}.get(
     os.uname().machine if hasattr(os, "uname") else "", (0, 0, 0))
 SECRET = ("check", "notebooks")  # folders of this package in which the answers stand
+COPIES = ("", "lib/python3*/*-packages/", "local/lib/python3*/*-packages/")  # where another copy of it may stand
 
 
 class Refused(OSError):
@@ -58,6 +59,13 @@ def readable() -> list[Path]:
     return sorted(p for p in found if not any(q in found for q in p.parents))
 
 
+def secrets() -> list[Path]:
+    """The folders with answers in all that is readable."""
+    packages = {PACKAGE, *(package for place in readable() for where in COPIES
+                           for package in place.glob(f"{where}{PACKAGE.name}"))}
+    return [package / name for package in packages for name in SECRET if (package / name).is_dir()]
+
+
 def separate() -> None:
     """Namespaces of its own for what this process starts next; as root with root's rights, else as a user's."""
     if os.geteuid() == 0:
@@ -89,9 +97,8 @@ def shut_in(root: Path) -> None:
         libc("mount", f"/dev/{name}", str(root / "dev" / name), None, BIND, None)
     for name in ("proc", "tmp", "old"):
         (root / name).mkdir(exist_ok=True)
-    for name in SECRET:
-        if (PACKAGE / name).is_dir():
-            libc("mount", "hidden", str(root / (PACKAGE / name).relative_to("/")), "tmpfs", NOSUID | NODEV, "size=4k")
+    for folder in secrets():
+        libc("mount", "hidden", str(root / folder.relative_to("/")), "tmpfs", NOSUID | NODEV, "size=4k")
     read_only = (ctypes.c_uint64 * 4)(1 | NOSUID, 0, 0, 0)  # MOUNT_ATTR_RDONLY
     libc("syscall", MOUNT_SETATTR, -100, str(root), 0x8000, ctypes.byref(read_only), ctypes.sizeof(read_only))
     libc("mount", "room", str(root / "tmp"), "tmpfs", NOSUID | NODEV, ROOM)
