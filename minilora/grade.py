@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     if importlib.util.find_spec("IPython") is None:
         print("grading needs IPython, which runs the cells of a notebook: pip install ipython", file=sys.stderr)
         return 2
-    papers = collect(options.folder)
+    papers = collect(options.folder) if options.folder.is_dir() else []
     if not papers:
         print(f"no notebooks in {options.folder}", file=sys.stderr)
         return 2

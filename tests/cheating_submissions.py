@@ -76,7 +76,10 @@ def trick(name, *a):
     libc.umount2(folder.encode(), 2)
     libc.mount(os.path.dirname(folder).encode(), b"/tmp", None, 4096, None)
     libc.mount(b"none", b"/", None, 32 | 4096, None)
-    for place in (folder, "/tmp/check"):
+    os.makedirs("/tmp/over", exist_ok=True)
+    lower = f"lowerdir={os.path.dirname(folder)}:/usr".encode()
+    libc.mount(b"overlay", b"/tmp/over", b"overlay", 0, lower)
+    for place in (folder, "/tmp/check", "/tmp/over/check"):
         if os.path.exists(place + "/nb02.py"):
             return run_checker(open(place + "/nb02.py").read(), name, a)
     return 0.0''',
@@ -259,6 +262,7 @@ def trick(name, *a):
 import torch
 def trick(name, *a): return torch.empty(0) if name == "merged_weight" else torch.empty(10**6, 0)''',
     "memory": "def trick(name, *a): return len(bytearray(50 * 2**30))",
+    "shared_memory": "import mmap\ndef trick(name, *a): return len(mmap.mmap(-1, 50 * 2**30))",
     "raise_what_is_expected": '''
 class ValueError_(NotImplementedError, ValueError, AssertionError): pass
 def trick(name, *a): raise ValueError_("ok")''',

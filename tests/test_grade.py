@@ -17,7 +17,7 @@ import pytest
 from cheating_submissions import ALL, CHEATS, NEED_WALLS
 
 from minilora.grade import COLUMNS, cell, definitions, exercises, main, read, shown
-from minilora.grading.nursery import Nursery
+from minilora.grading.nursery import Nursery, environment
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOLVED = FOLDER / "02_two_thin_matrices.ipynb"
@@ -38,8 +38,10 @@ def one_nursery(nursery, monkeypatch):
 
 
 def submit(folder, student, changes, name=SOLVED.name):
-    """The solved notebook with some solution cells replaced."""
+    """The solved notebook, its imports, exercises and checks alone, with some solution cells replaced."""
     book = json.loads(SOLVED.read_text())
+    book["cells"] = [c for c in book["cells"] if c["cell_type"] == "code"
+                     and ("nbgrader" in c["metadata"] or c["source"][0].startswith("import"))]
     for part in book["cells"]:
         exercise = part["metadata"].get("nbgrader", {}).get("grade_id")
         if exercise in changes:
@@ -222,6 +224,11 @@ def test_nothing_is_fetched_and_nothing_is_left_for_a_friend(tmp_path, nursery):
     assert not (tmp_path / "left.py").exists()
 
 
+def test_the_teachers_environment_stays_the_teachers(monkeypatch):
+    monkeypatch.setenv("API_TOKEN", "secret")
+    assert "secret" not in environment().values() and environment()["PATH"] == os.environ["PATH"]
+
+
 def test_partial_isolation_is_said_once_and_grades_all_the_same(tmp_path, monkeypatch, capsys):
     submit(tmp_path, "ana", {})
     code(tmp_path, "exits", "import os\ndef merged_weight(*a):\n    os._exit(0)")
@@ -257,7 +264,7 @@ def test_copies_links_renamed_and_doubled_work_are_flagged_by_name(tmp_path, cap
     assert "uses minilora.spectrum.energy" in seen["lib", SOLVED.name]
     assert "reaches outside of its arguments: __dict__, gc" in seen["lib", SOLVED.name]
     out = capsys.readouterr().out
-    assert "zed       4 of 4" in out and "  eve/02_two_thin_matrices.ipynb: the same code as ana" in out
+    assert "zed    4 of 4" in out and "  eve/02_two_thin_matrices.ipynb: the same code as ana" in out
 
 
 def test_nobodys_own_work_is_flagged(tmp_path):

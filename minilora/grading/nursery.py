@@ -18,13 +18,22 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..shipped import PACKAGE
+
 REPLY = 16 * 2**20  # bytes; an honest reply has well under 1 MiB
 QUIET = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1",
          "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+PASSED_ON = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")
 
 
 class Ended(Exception):
     """A student's process that answers no more, and why."""
+
+
+def environment() -> dict[str, str]:
+    """The environment of students' processes: the teacher's may hold keys and tokens."""
+    path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {name: os.environ[name] for name in PASSED_ON if name in os.environ} | QUIET | {"PYTHONPATH": path}
 
 
 class Student:
@@ -97,14 +106,12 @@ class Nursery:
         self.socket, theirs = socket.socketpair()
         self.room = tempfile.mkdtemp(prefix="grading-")
         os.chmod(self.room, 0o755)
-        package = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         # -P: the working folder, which may hold the submissions, is no place to import from
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "minilora.grading.nursery", str(theirs.fileno()), self.room,
              "alone" if self.alone else "with others"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
-            env=os.environ | QUIET | {"PYTHONPATH": path})
+            env=environment())
         theirs.close()
         said = self.socket.recv(4096)
         if not said:

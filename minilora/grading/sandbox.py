@@ -4,6 +4,7 @@ Linux offers all of this without a program to install: namespaces for mounts, ne
 namespaces(7)). Where the kernel or a container forbids them only the limits hold; `possible` tells.
 """
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -39,13 +40,22 @@ def libc(name: str, *arguments) -> None:
 def limits(alone: bool) -> None:
     """Bounds memory, the size of a file, the number of open files, and cores; `alone` also the number of processes,
     which the kernel counts for a user, not for a submission."""
-    bounds = {"RLIMIT_DATA": MEMORY, "RLIMIT_FSIZE": FILE, "RLIMIT_NOFILE": FILES, "RLIMIT_CORE": 0}
+    bounds = {"RLIMIT_AS": in_use() + MEMORY, "RLIMIT_DATA": MEMORY, "RLIMIT_FSIZE": FILE, "RLIMIT_NOFILE": FILES, "RLIMIT_CORE": 0}
     for name, bound in (bounds | ({"RLIMIT_NPROC": PROCESSES} if alone else {})).items():
-        kind = getattr(resource, name)
-        _, hard = resource.getrlimit(kind)
-        bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
-        resource.setrlimit(kind, (bound, bound))
+        kind = getattr(resource, name, None)
+        with contextlib.suppress(ValueError, OSError, TypeError):  # not every system knows every limit
+            _, hard = resource.getrlimit(kind)
+            bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
+            resource.setrlimit(kind, (bound, bound))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file too large is an error, not the end
+
+
+def in_use() -> int:
+    """Bytes of address space that this process has already, most of them libraries; a guess where /proc is missing."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 8 * 2**30
 
 
 def readable() -> list[Path]:
