@@ -154,7 +154,7 @@ def bills(bills: Mapping[str, "Bill"], *, title: str = "What a training step hol
 
 def timeline(points: Sequence[tuple[int, str]], *, title: str = "Bytes held, operator by operator",
              limit: tuple[str, float] | None = None) -> tuple[Figure, str]:
-    """The live bytes of one step, from (bytes, phase) of each moment: `memory.account.timeline`, or a trace's."""
+    """The live bytes of one step, from (bytes, phase) of each moment: `memory.bill.timeline`, or a trace's."""
     size, phases = np.array([p[0] for p in points]) / GIB, [p[1] for p in points]
     fig, axes = canvas(title, "moment", "GiB", width=8)
     starts = np.arange(0, len(size), max(1, len(size) // 600))  # more than the eye can part: the largest of each run
@@ -174,7 +174,7 @@ def timeline(points: Sequence[tuple[int, str]], *, title: str = "Bytes held, ope
 
 def fit_grid(verdicts: Mapping[str, Mapping[str, "Verdict"]], *, title: str,  # noqa: F821
              xlabel: str = "", ylabel: str = "") -> tuple[Figure, str]:
-    """row -> column -> `memory.fit.judge`'s verdict, as cells that say what is needed, in GiB; light is what fits."""
+    """row -> column -> `memory.fitting.judge`'s verdict, as cells that say what is needed, in GiB; light is what fits."""
     rows, columns = list(verdicts), list(next(iter(verdicts.values())))
     shade = {"fits": 0.0, "too close to call": 0.35, "does not fit": 0.7}
     values = np.array([[shade[verdicts[row][column].answer] for column in columns] for row in rows])

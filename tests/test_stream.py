@@ -23,9 +23,10 @@ from minilora.__main__ import main
 from minilora.peft_methods import IA3, BitFit, PromptTuning
 from minilora.llama import Cache, Llama, LlamaConfig
 from minilora.memory import ModelSpec, Training, estimate
-from minilora.memory.blocks import LOSS_CHUNK
-from minilora.memory.streamed import bytes_of
-from minilora.memory.trace import fake, trace
+from minilora.memory.costs import moved
+from minilora.memory.decoders.decoder import LOSS_CHUNK
+from minilora.memory.tracer import fake, trace
+from minilora.stream_run import bytes_of
 from minilora.quant import quantise_model
 from minilora.weight_store import Source, Store, build_store
 from minilora.stream import StreamedLlama
@@ -210,7 +211,7 @@ def test_what_is_on_the_device_and_what_moves(folder):
     after = model.visits.traffic
     assert after.visits - before.visits == 2 * 5 - 3 + 1
     run = Training(seq=9, batch=2, checkpointing=True, base="disk")  # it is 16 bits that move, though fp32 computes
-    assert after.bytes - before.bytes == sum(run.moved(ModelSpec.from_config(CONFIG.to_hf())).values())
+    assert after.bytes - before.bytes == sum(moved(ModelSpec.from_config(CONFIG.to_hf()), run).values())
 
 
 def test_the_store_has_the_bytes_of_the_plan(folder):
@@ -443,7 +444,7 @@ def test_a_checkpoint_is_read_shard_by_shard(tmp_path):
     script = """
 import resource, sys
 import torch, torch._dynamo  # which modules on the meta device import by themselves
-from minilora.memory.streamed import bytes_of
+from minilora.stream_run import bytes_of
 from minilora.weight_store import build_store
 torch.set_num_threads(1)
 before = bytes_of("VmData")
