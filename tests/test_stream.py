@@ -21,8 +21,6 @@ from minilora import (LoRAConfig, fingerprint, inject, load_adapter, lora_parame
 from minilora import stream, weight_store
 from minilora.__main__ import main
 from minilora.peft_methods import IA3, BitFit, PromptTuning
-from minilora.peft_methods import insert as insert_relative
-from minilora.peft_methods import trainable_parameters
 from minilora.llama import Cache, Llama, LlamaConfig
 from minilora.memory import ModelSpec, Training, estimate
 from minilora.memory.costs import moved
@@ -183,9 +181,9 @@ def test_the_relatives_train_on_it_too(folder, method):
     found = []
     for model in pair(folder, "nf4"):
         torch.manual_seed(0)
-        insert_relative(model, method)
+        inject(model, method)
         train(model, batches, steps=3, lr=1e-2, progress=False)
-        found.append(trainable_parameters(model))
+        found.append(lora_parameters(model))
     assert far(*found) <= 1e-6 and max(p.grad is None for p in found[1])
 
 
