@@ -10,7 +10,7 @@ lab: release
 	$(BIN)/jupyter lab $(ROOT) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/release/01_what_does_changing_every_weight_cost.ipynb
 
 run: .venv/.base
-	$(BIN)/python tests/run_notebooks.py
+	$(BIN)/python tools/run_notebooks.py
 
 test: .venv/.dev
 	$(BIN)/python -m pytest tests

@@ -9,7 +9,7 @@ from importlib import import_module
 _HOME = {
     "config": ("LoRAConfig",),
     "layers": ("LoRALayer",),
-    "insert": ("plan", "inject", "remove", "merge", "unmerge", "report", "lora_parameters"),
+    "injection": ("plan", "inject", "remove", "merge", "unmerge", "report", "lora_parameters"),
     "adapters": ("save_adapter", "load_adapter", "fingerprint"),
     "bank": ("AdapterBank",),
 }

@@ -8,9 +8,9 @@ from importlib import import_module
 
 # command -> the room that has the function of the same name and "_command", and what it does
 COMMANDS: dict[str, tuple[str, str]] = {
-    "inspect": ("dissect", "what is inside an adapter: rank, norm, spectrum of every module"),
-    "truncate": ("dissect", "write an adapter again at a smaller rank, as near as that rank allows"),
-    "extract": ("dissect", "write the adapter nearest to the difference of two checkpoints"),
+    "inspect": ("adapter_tools", "what is inside an adapter: rank, norm, spectrum of every module"),
+    "truncate": ("adapter_tools", "write an adapter again at a smaller rank, as near as that rank allows"),
+    "extract": ("adapter_tools", "write the adapter nearest to the difference of two checkpoints"),
     "memory": ("memory.account", "what a training step of a model needs, to the byte, and when"),
     "fit": ("memory.fit", "whether a training step fits which cards, and what to change so that it does"),
     "claims": ("memory.claims", "what papers say of memory, reproduced or not, with the arithmetic"),

@@ -20,8 +20,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .config import LoRAConfig, entry_matches, scaling
-from .distributed import first, whole
-from .insert import inject, lora_layers, plain_name, planned
+from .distributed import full_tensor, is_main_process
+from .injection import inject, lora_layers, plain_name, planned
 from .layers import LoRALayer
 
 CONFIG, WEIGHTS, FINGERPRINT = "adapter_config.json", "adapter_model.safetensors", "minilora.base"
@@ -63,14 +63,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     for name, layer in layers.items():
         A, B, _ = plain_factors(layer)
         parts = {"lora_A": A, "lora_B": B, "lora_magnitude": layer.lora_magnitude if layer.use_dora else None}
-        tensors |= {key: whole(parts[own].detach()).cpu().contiguous()
+        tensors |= {key: full_tensor(parts[own].detach()).cpu().contiguous()
                     for own, key in keys_of(name, layer.kind, layer.use_dora).items()}
     for key, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinite values: the training diverged, nothing was saved")
     fan_in_fan_out = all(layer.kind == "conv1d" for layer in layers.values())
     base = fingerprint(model)
-    if first():
+    if is_main_process():
         write_adapter(folder, tensors, peft_config(config_of(model), fan_in_fan_out), base)
 
 
@@ -216,7 +216,7 @@ def fingerprint(model: nn.Module) -> str:
             for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in adapters}
     for name, p in sorted(base.items()):
         shapes.update(f"{name} {tuple(p.shape)}\n".encode())
-        entries = whole(p).flatten()[:: max(1, p.numel() // 1024)].to(torch.bfloat16).contiguous()
+        entries = full_tensor(p).flatten()[:: max(1, p.numel() // 1024)].to(torch.bfloat16).contiguous()
         weights.update(name.encode() + entries.cpu().view(torch.uint8).numpy().tobytes())
     return f"{shapes.hexdigest()[:12]}-{weights.hexdigest()[:12]}"
 
@@ -240,8 +240,8 @@ def plain_factors(layer: LoRALayer) -> tuple[Tensor, Tensor, float]:
     """
     if layer.init != "pissa":
         return layer.lora_A, layer.lora_B, layer.alpha
-    A = torch.cat((whole(layer.lora_A), layer.start_A))  # (2r, in)
-    B = torch.cat((whole(layer.lora_B), -layer.start_B), dim=1)  # (out, 2r)
+    A = torch.cat((full_tensor(layer.lora_A), layer.start_A))  # (2r, in)
+    B = torch.cat((full_tensor(layer.lora_B), -layer.start_B), dim=1)  # (out, 2r)
     return A, B, layer.scaling / scaling(2 * layer.rank, 1, layer.use_rslora)
 
 

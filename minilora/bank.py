@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import insert_adapter, read_adapter
-from .config import is_number, need
-from .insert import lora_layers, put, remove, take
+from .config import is_number, require
+from .injection import lora_layers, remove, unwrap, wrap
 from .layers import LoRALayer, Wrapper, kind_of, widest
 from .spectrum import product_svd
 from .tables import table
@@ -98,7 +98,7 @@ class AdapterBank:
             ValueError: there is none, or it is in use.
         """
         self.entry(name)
-        need(name != self.in_use, "an adapter in use cannot be unloaded: use(None) or another one first", name)
+        require(name != self.in_use, "an adapter in use cannot be unloaded: use(None) or another one first", name)
         del self.entries[name]
 
     def list(self) -> Listing:
@@ -128,21 +128,21 @@ class AdapterBank:
                 the sum overflow, or a rank below 1.
         """
         self.need_new(name)
-        need(isinstance(weights, Mapping) and weights, "weights must map names of adapters to numbers", weights)
-        need(rank is None or type(rank) is int and rank > 0, "rank must be a positive integer or None", rank)
+        require(isinstance(weights, Mapping) and weights, "weights must map names of adapters to numbers", weights)
+        require(rank is None or type(rank) is int and rank > 0, "rank must be a positive integer or None", rank)
         for part, weight in weights.items():
-            need(is_number(weight), f"the weight of {part!r} must be a finite number", weight)
+            require(is_number(weight), f"the weight of {part!r} must be a finite number", weight)
         parts = {part: self.entry(part) for part in weights}
         layers, lost = {}, {}
         for module in dict.fromkeys(module for entry in parts.values() for module in entry.layers):
             summands = [(weights[part], e.layers[module]) for part, e in parts.items() if module in e.layers]
-            need(not any(layer.use_dora for _, layer in summands),
+            require(not any(layer.use_dora for _, layer in summands),
                  "DoRA's lengths are no part of a sum of updates: merge such adapters, or combine plain ones", module)
             base = summands[0][1].base_layer
             wide = widest(summands[0][1].lora_A)
             B = torch.cat([weight * layer.scaling * layer.lora_B.to(wide) for weight, layer in summands], 1)  # (out, R)
             A = torch.cat([layer.lora_A.to(wide) for _, layer in summands])  # (R, in)
-            need(B.float().isfinite().all(), f"the sum at {module} overflows: the weights are too large", dict(weights))
+            require(B.float().isfinite().all(), f"the sum at {module} overflows: the weights are too large", dict(weights))
             U, S, Vh = product_svd(B, A)
             kept = min(rank or len(S), len(S))
             root = S[:kept].sqrt()  # (kept,)
@@ -165,9 +165,9 @@ class AdapterBank:
             ValueError: an unknown name; in the model's forward, an input whose first dimension is neither the number of
                 names nor 1.
         """
-        need(not isinstance(names, str) and isinstance(names, Iterable), "names must be one per row", names)
+        require(not isinstance(names, str) and isinstance(names, Iterable), "names must be one per row", names)
         rows = [{} if name is None else self.entry(name).layers for name in names]
-        need(rows, "names must be one per row", rows)
+        require(rows, "names must be one per row", rows)
         used = {id(layers): layers for layers in rows}.values()
         bases = {module: layer.base_layer for layers in used for module, layer in layers.items()}
         with self.instead({}):
@@ -191,9 +191,9 @@ class AdapterBank:
         for layer in inside:
             if isinstance(layer, LoRALayer):
                 layer.unmerge()
-        take(self.model, inside)
+        unwrap(self.model, inside)
         if layers:
-            put(self.model, {layer.base_layer: layer for layer in layers.values()})
+            wrap(self.model, {layer.base_layer: layer for layer in layers.values()})
         self.placed = layers
 
     @contextmanager
@@ -210,15 +210,15 @@ class AdapterBank:
                 layer.merge()
 
     def entry(self, name: str) -> Entry:
-        need(isinstance(name, str), "an adapter's name must be a string", name)
+        require(isinstance(name, str), "an adapter's name must be a string", name)
         if name not in self.entries:
             close = get_close_matches(name, self.entries) or list(self.entries)[:12]
             raise ValueError(f"no adapter {name!r} in the bank; it has {', '.join(close) or 'none'}")
         return self.entries[name]
 
     def need_new(self, name: str) -> None:
-        need(isinstance(name, str) and name, "an adapter's name must be a string", name)
-        need(name not in self.entries, "the bank has an adapter of this name: unload it first, or choose another", name)
+        require(isinstance(name, str) and name, "an adapter's name must be a string", name)
+        require(name not in self.entries, "the bank has an adapter of this name: unload it first, or choose another", name)
 
 
 class RoutedLayer(Wrapper):

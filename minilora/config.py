@@ -44,25 +44,25 @@ class LoRAConfig:
 
     def __post_init__(self):
         targets, patterns = self.target_modules, (self.rank_pattern, self.alpha_pattern)
-        need(isinstance(targets, Iterable), "target_modules must be names or a regular expression", targets)
+        require(isinstance(targets, Iterable), "target_modules must be names or a regular expression", targets)
         if not isinstance(targets, str):
             targets = tuple(targets)
             object.__setattr__(self, "target_modules", targets)
-        need(targets and all(isinstance(t, str) and t for t in targets), "target_modules must name modules", targets)
-        need(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout must be in [0, 1)", self.dropout)
-        need(self.init in ("kaiming", "pissa"), "init must be 'kaiming' or 'pissa'", self.init)
-        need(isinstance(self.use_rslora, bool), "use_rslora must be True or False", self.use_rslora)
-        need(isinstance(self.use_dora, bool), "use_dora must be True or False", self.use_dora)
-        need(all(isinstance(p, Mapping) for p in patterns), "a pattern must map names to values", patterns)
+        require(targets and all(isinstance(t, str) and t for t in targets), "target_modules must name modules", targets)
+        require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout must be in [0, 1)", self.dropout)
+        require(self.init in ("kaiming", "pissa"), "init must be 'kaiming' or 'pissa'", self.init)
+        require(isinstance(self.use_rslora, bool), "use_rslora must be True or False", self.use_rslora)
+        require(isinstance(self.use_dora, bool), "use_dora must be True or False", self.use_dora)
+        require(all(isinstance(p, Mapping) for p in patterns), "a pattern must map names to values", patterns)
         ranks = {"rank": self.rank} | {f"rank_pattern[{k!r}]": r for k, r in self.rank_pattern.items()}
         for where, rank in ranks.items():
-            need(type(rank) is int and 0 < rank < 2**31, f"{where} must be a positive integer", rank)
+            require(type(rank) is int and 0 < rank < 2**31, f"{where} must be a positive integer", rank)
         alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k!r}]": a for k, a in self.alpha_pattern.items()}
         for where, alpha in alphas.items():
-            need(is_number(alpha) and alpha != 0, f"{where} must be a finite number other than 0", alpha)
+            require(is_number(alpha) and alpha != 0, f"{where} must be a finite number other than 0", alpha)
         if self.init == "pissa":
-            need(not self.use_dora, "init='pissa' splits W, which DoRA needs whole: use_dora must be False", True)
-            need(min(alphas.values()) > 0, "init='pissa' takes the root of the scaling: alpha must be above 0", alphas)
+            require(not self.use_dora, "init='pissa' splits W, which DoRA needs whole: use_dora must be False", True)
+            require(min(alphas.values()) > 0, "init='pissa' takes the root of the scaling: alpha must be above 0", alphas)
         for pattern in [targets] * isinstance(targets, str) + [ending(key) for p in patterns for key in p]:
             try:
                 re.compile(pattern)
@@ -112,6 +112,6 @@ def is_number(x) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
-def need(ok, what: str, got) -> None:
+def require(ok, what: str, got) -> None:
     if not ok:
         raise ValueError(f"{what}, got {got!r}")

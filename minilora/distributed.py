@@ -28,12 +28,12 @@ def many() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes files and speaks."""
     return not many() or dist.get_rank() == 0
 
 
-def join(parallel: str | None) -> tuple[int, int]:
+def init(parallel: str | None) -> tuple[int, int]:
     """This process's rank and the number of processes; joins the others that torchrun started: by nccl where there is
     a GPU, which is then this process's own, else by gloo. A group that is there already is taken as it is.
 
@@ -53,11 +53,11 @@ def join(parallel: str | None) -> tuple[int, int]:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
-        atexit.register(leave)
+        atexit.register(shutdown)
     return dist.get_rank(), processes
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Give the group up at the end of the process, in good order."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -146,7 +146,7 @@ def syncing(net: nn.Module, now: bool) -> Iterator[None]:
     yield
 
 
-def whole(t: Tensor) -> Tensor:
+def full_tensor(t: Tensor) -> Tensor:
     """The tensor of which this is a share, on every process, each of which must call this; any other as it is."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
@@ -156,8 +156,8 @@ def collect(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     too. One after the other, so that no card holds more than one."""
     found = {}
     for name, t in tensors.items():
-        t = whole(t.detach())
-        if first():
+        t = full_tensor(t.detach())
+        if is_main_process():
             found[name] = (t.cpu() if many() else t).contiguous()
     return found
 

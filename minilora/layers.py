@@ -58,11 +58,11 @@ def shape_of(base: nn.Module) -> tuple[int, int]:
 def adapter_options(base: nn.Module) -> dict:
     """Device and dtype of an adapter on this layer: the base's, but at least fp32, where small steps are not lost.
 
-    A streamed layer (stream.py) rests on one device and computes on another, which it calls `visits_on`.
+    A streamed layer (stream.py) rests on one device and computes on another, which it calls `compute_device`.
     """
     tensors = [*base.parameters(), *base.buffers()]
     floats = [t.dtype for t in tensors if t.is_floating_point()] or [torch.float32]
-    return {"device": getattr(base, "visits_on", tensors[0].device), "dtype": torch.promote_types(floats[0], torch.float32)}
+    return {"device": getattr(base, "compute_device", tensors[0].device), "dtype": torch.promote_types(floats[0], torch.float32)}
 
 
 def widest(t: Tensor) -> torch.dtype:
@@ -261,7 +261,7 @@ class LoRALayer(Wrapper):
         """
         if self.merged:
             return self.unmerged[1]
-        if hasattr(self.base_layer, "visits_on"):
+        if hasattr(self.base_layer, "compute_device"):
             raise ValueError("cannot merge into a streamed weight: it is read-only and only visits the device. Keep the "
                              "adapter beside it, or load the base whole")
         if quantised(self.base_layer):

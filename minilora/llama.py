@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import distributed
-from .config import is_number, need
+from .config import is_number, require
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -59,20 +59,20 @@ class LlamaConfig:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is bool:
-                need(isinstance(value, bool), f"{f.name} must be True or False", value)
+                require(isinstance(value, bool), f"{f.name} must be True or False", value)
             elif f.type is float:
-                need(is_number(value) and value > 0, f"{f.name} must be a positive number", value)
+                require(is_number(value) and value > 0, f"{f.name} must be a positive number", value)
             elif f.type is int or (f.type == int | None and value is not None):
-                need(type(value) is int and 0 < value < 2**31, f"{f.name} must be a positive integer", value)
+                require(type(value) is int and 0 < value < 2**31, f"{f.name} must be a positive integer", value)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         object.__setattr__(self, "num_key_value_heads", kv_heads)
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
-        need(heads % kv_heads == 0, f"num_attention_heads {heads} must be a multiple of num_key_value_heads", kv_heads)
-        need(self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim must be even for rotary positions", self.head_dim)
-        need(self.max_position_embeddings <= 2**20, "max_position_embeddings must be at most 2**20: a table holds all",
+        require(heads % kv_heads == 0, f"num_attention_heads {heads} must be a multiple of num_key_value_heads", kv_heads)
+        require(self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim must be even for rotary positions", self.head_dim)
+        require(self.max_position_embeddings <= 2**20, "max_position_embeddings must be at most 2**20: a table holds all",
              self.max_position_embeddings)
         qwen2 = self.attention_bias and not self.mlp_bias  # biases on q, k and v alone
-        need(self.attention_out_bias == self.attention_bias or qwen2, "attention_out_bias must equal attention_bias, "
+        require(self.attention_out_bias == self.attention_bias or qwen2, "attention_out_bias must equal attention_bias, "
              "except in Qwen2, which has biases on q, k and v alone", self.attention_out_bias)
         if self.rope_scaling is not None:
             check_rope_scaling(self.rope_scaling)
@@ -95,7 +95,7 @@ class LlamaConfig:
             raise ValueError(f"a decoder's config needs {', '.join(missing)}")
         # transformers 5 moved theta and the scaling into one dict, "rope_parameters"
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        need(isinstance(rope, dict), "rope_parameters must be an object", rope)
+        require(isinstance(rope, dict), "rope_parameters must be an object", rope)
         values["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
         rope = {k: v for k, v in rope.items() if k != "rope_theta"}
         values["rope_scaling"] = rope if rope and rope_type(rope) != "default" else None
@@ -107,7 +107,7 @@ class LlamaConfig:
         if window is None or not config.get("use_sliding_window", kind == "mistral"):
             return shape
         # a window only differs from full attention beyond its length, so stay within it
-        need(type(window) is int and window > 0, "sliding_window must be a positive integer", window)
+        require(type(window) is int and window > 0, "sliding_window must be a positive integer", window)
         return replace(shape, max_position_embeddings=min(shape.max_position_embeddings, window))
 
     def to_hf(self) -> dict:
@@ -127,12 +127,12 @@ def rope_type(scaling: dict) -> str:
 
 def check_rope_scaling(scaling: dict) -> None:
     """Raise a ValueError unless this is Llama-3's scaling, whole."""
-    need(isinstance(scaling, dict), "rope_scaling must be None or a dict", scaling)
-    need(rope_type(scaling) == "llama3", "rope_scaling must be of type 'llama3'", rope_type(scaling))
+    require(isinstance(scaling, dict), "rope_scaling must be None or a dict", scaling)
+    require(rope_type(scaling) == "llama3", "rope_scaling must be of type 'llama3'", rope_type(scaling))
     for name in ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"):
-        need(is_number(scaling.get(name)) and scaling[name] > 0, f"rope_scaling's {name} must be a positive number",
+        require(is_number(scaling.get(name)) and scaling[name] > 0, f"rope_scaling's {name} must be a positive number",
              scaling.get(name))
-    need(scaling["low_freq_factor"] < scaling["high_freq_factor"], "rope_scaling's low_freq_factor must be below "
+    require(scaling["low_freq_factor"] < scaling["high_freq_factor"], "rope_scaling's low_freq_factor must be below "
          "high_freq_factor", (scaling["low_freq_factor"], scaling["high_freq_factor"]))
 
 
@@ -464,7 +464,7 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             del weights["lm_head.weight"]
         weights = distributed.collect(weights)
-        if not distributed.first():
+        if not distributed.is_main_process():
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -486,7 +486,7 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"there is no {path.name} in {path.parent}; expected a checkpoint folder") from None
     except (ValueError, OSError, RecursionError) as e:
         raise ValueError(f"{path} is damaged or not a JSON file: {e}") from None
-    need(isinstance(value, dict), f"{path} must hold an object", value)
+    require(isinstance(value, dict), f"{path} must hold an object", value)
     return value
 
 
@@ -500,7 +500,7 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     names = {single.name}
     if index.exists() and not single.exists():
         shards = read_json(index).get("weight_map")
-        need(shards and isinstance(shards, dict), f"{index} must map tensors to files under weight_map", shards)
+        require(shards and isinstance(shards, dict), f"{index} must map tensors to files under weight_map", shards)
         names = set(map(str, shards.values()))
     tensors = {}
     for file in (folder / name for name in sorted(names)):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ALL_LINEAR, LoRAConfig
-from .insert import choose, inside_torch, replace, tied
+from .injection import choose, inside_torch, replace, tied
 from .layers import LoRALayer, dense_weight, kind_of, quantised, shape_of
 
 BLOCK, ABSMAX_BLOCK = 64, 256  # weights that share an absmax; absmax that share a scale

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import need
+from .config import require
 from .llama import Cache, Llama, rotary_tables
 from .quant import Linear4bit, traced
-from .store import ALIGN, Store, lay_out, skeleton
+from .weight_store import ALIGN, Store, lay_out, skeleton
 
 LOSS_CHUNK = 512  # tokens whose logits stand at once; the planner's (memory/blocks.py) is the same
 IGNORE = -100  # a target that does not count, as torch's cross_entropy has it
@@ -58,7 +58,7 @@ class Weight:
     place: Tensor
 
 
-class Visits:
+class LayerPrefetcher:
     """Brings shards 0, 1, 2, ... to the device and prefetches: shard i into slot i mod 2.
 
     A shard's modules hold its tensors on the device until another takes the slot, and those at rest from then on.
@@ -175,7 +175,7 @@ class StreamedLlama(Llama):
         prefetch: copy the next layer while the present one computes.
 
     Attributes:
-        visits: the `Visits`; ``model.visits.traffic`` tells what has moved.
+        visits: the `LayerPrefetcher`; ``model.visits.traffic`` tells what has moved.
     """
 
     def __init__(self, store: Store, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
@@ -193,12 +193,12 @@ class StreamedLlama(Llama):
             elif module is not decoder.embed_tokens:
                 shards[-1 if module is self.lm_head else int(name.split(".")[2])].append((module, table, own))
             getattr(module, table)[own] = frozen(rest) if table == "_parameters" else rest
-            module.visits_on = device  # where an adapter on it must be
+            module.compute_device = device  # where an adapter on it must be
             if isinstance(module, Linear4bit):
                 module.dtype = dtype
         decoder.cos, decoder.sin = (t.to(device, dtype) for t in rotary_tables(store.config))
         decoder.checkpointing = True
-        self.visits = Visits(shards, device, dtype, prefetch)
+        self.visits = LayerPrefetcher(shards, device, dtype, prefetch)
         # hooks, not modules of our own: whatever looks for a Linear or an Embedding still finds one
         for i, block in enumerate(decoder.layers):
             block.register_forward_pre_hook(lambda block, args, i=i: self.visits.fetch(i))
@@ -227,7 +227,7 @@ class StreamedLlama(Llama):
         return self.lm_head(y)
 
     def chunked_loss(self, ids: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
-        """`reply_loss`, `LOSS_CHUNK` tokens' logits at a time, so that the (B T, V) of all never stand."""
+        """`masked_cross_entropy`, `LOSS_CHUNK` tokens' logits at a time, so that the (B T, V) of all never stand."""
         counted = (targets != IGNORE).sum() if counted is None else counted
         y = self.decode(ids).flatten(0, 1)  # (B T, C)
         trained = [p for p in self.lm_head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import distributed
-from .config import is_number, need
-from .desk import DATA, IGNORE, check_name, evaluate, load_task, stream, tokenizer
+from .config import is_number, require
+from .helpdesk import DATA, IGNORE, check_name, endless_batches, evaluate, load_task, tokenizer
 from .llama import Llama, LlamaConfig
 
 SCHEDULES = {
@@ -59,7 +59,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def reply_loss(model: nn.Module, ids: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
+def masked_cross_entropy(model: nn.Module, ids: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
     """Mean cross-entropy over the targets that are not -100. ids, targets (B, T) -> scalar.
 
     With `counted`, the sum divided by that: for rows that are a part of a batch, their part of its mean.
@@ -117,20 +117,20 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
     last = steps if stop_at is None else stop_at
     for name, value, least in (("steps", steps, 1), ("stop_at", last, 1), ("warmup", warmup, 0), ("every", every, 1),
                                ("accumulation", accumulation, 1)):
-        need(type(value) is int and value >= least, f"{name} must be an integer from {least} on", value)
-    need(is_number(lr) and lr > 0, "lr must be a positive number", lr)
-    need(clip is None or (is_number(clip) and clip > 0), "clip must be a positive number or None", clip)
-    need(is_number(weight_decay) and weight_decay >= 0, "weight_decay must be a number from 0 on", weight_decay)
+        require(type(value) is int and value >= least, f"{name} must be an integer from {least} on", value)
+    require(is_number(lr) and lr > 0, "lr must be a positive number", lr)
+    require(clip is None or (is_number(clip) and clip > 0), "clip must be a positive number or None", clip)
+    require(is_number(weight_decay) and weight_decay >= 0, "weight_decay must be a number from 0 on", weight_decay)
     groups = list(parameters) if parameters is not None else [p for p in model.parameters() if p.requires_grad]
     if not groups:
         raise ValueError("nothing to train: no parameter has requires_grad")
     opt = optimizer(groups, lr=lr, weight_decay=weight_decay)
     peaks = [group["lr"] for group in opt.param_groups]
-    need(all(is_number(peak) and peak > 0 for peak in peaks), "every group's lr must be a positive number", peaks)
+    require(all(is_number(peak) and peak > 0 for peak in peaks), "every group's lr must be a positive number", peaks)
     trained = [p for group in opt.param_groups for p in group["params"]]
     if not trained or not all(p.requires_grad for p in trained):
         raise ValueError("nothing to train: `parameters` must hold tensors, each with requires_grad")
-    rank, processes = distributed.join(parallel)
+    rank, processes = distributed.init(parallel)
     net, saved = model, 0
     run = {"steps": steps, "lr": peaks, "warmup": warmup, "schedule": schedule, "weight_decay": weight_decay,
            "clip": clip, "seed": seed, "optimizer": optimizer.__name__}
@@ -151,7 +151,7 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
             log = load_checkpoint(checkpoint, trained, opt, run)
             saved = len(log.loss)
         starts = distributed.gathered(torch.tensor(saved, device=device)).tolist()
-        need(len(set(starts)) == 1, "all processes must see the same checkpoint, to go on from one step", starts)
+        require(len(set(starts)) == 1, "all processes must see the same checkpoint, to go on from one step", starts)
         end = min(steps, last)
         model.train()
         opt.zero_grad()  # what a backward pass before this run may have left
@@ -169,11 +169,11 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
             for i in range(accumulation):
                 with distributed.syncing(net, i + 1 == accumulation):
                     rows = distributed.piece(batch, rank * accumulation + i, processes * accumulation)
-                    part = reply_loss(net, *rows, counted)
+                    part = masked_cross_entropy(net, *rows, counted)
                     (part * processes).backward()  # gradients are averaged over the processes
                     loss = loss + part.detach()
             loss = distributed.gathered(loss).sum()
-            norm = distributed.whole(nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip))
+            norm = distributed.full_tensor(nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip))
             if not (loss.isfinite() and norm.isfinite()):
                 opt.zero_grad()
                 raise ValueError(f"at step {step} the loss is {loss.item()} and the gradient's norm {norm.item()}: the "
@@ -203,7 +203,7 @@ def save_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
     for i, state in opt.state_dict()["state"].items():
         tensors |= {f"state.{i}.{key}": value for key, value in state.items() if value is not None}
     tensors = distributed.collect(tensors)
-    if distributed.first():
+    if distributed.is_main_process():
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(path.name + ".tmp")
@@ -256,7 +256,7 @@ def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
 
 CARD = """# The help-desk base{kind}
 
-A Llama-style decoder of {parameters:,} parameters for the made-up support conversations of `minilora/desk.py`.
+A Llama-style decoder of {parameters:,} parameters for the made-up support conversations of `minilora/helpdesk.py`.
 
 - Data: the `general` corpus, drawn without end (seed {seed}), in the second part with more of its
   questions about listed facts; only replies are scored. No slot combination or phrasing of the validation and test files is in it.
@@ -277,7 +277,7 @@ def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: fl
     Raises:
         ValueError: `early` is not among the first `steps`; else what `train` and `stream` raise.
     """
-    need(steps < 1 or 0 <= early < steps, f"early must be from 0 to below the {steps} steps", early)
+    require(steps < 1 or 0 <= early < steps, f"early must be from 0 to below the {steps} steps", early)
     config = LlamaConfig(len(tokenizer()), hidden_size=160, intermediate_size=448, num_hidden_layers=4,
                          num_attention_heads=5, max_position_embeddings=256, tie_word_embeddings=True)
     model = Llama(config, seed)
@@ -288,7 +288,7 @@ def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: fl
     def ship(name: str, log: Log) -> None:
         model.save_pretrained(folder / name)
         score = evaluate(model, examples)
-        if not distributed.first():
+        if not distributed.is_main_process():
             return
         tokenizer().save(folder / name / "tokenizer.json")
         log.save(folder / name / "log.json", every=10)
@@ -303,9 +303,9 @@ def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: fl
             ship("base_early", log)
 
     common = {"warmup": 100, "weight_decay": 0.1, "seed": seed, "parallel": parallel}
-    log = train(model, stream("general", batch=batch, seed=seed), steps=steps, lr=lr, **common,
+    log = train(model, endless_batches("general", batch=batch, seed=seed), steps=steps, lr=lr, **common,
                 on_step=on_step, checkpoint=folder / "pretraining_1.safetensors")
-    second = train(model, stream("general", "facts", batch=batch, seed=seed), steps=more, lr=lr / 3, **common,
+    second = train(model, endless_batches("general", "facts", batch=batch, seed=seed), steps=more, lr=lr / 3, **common,
                    checkpoint=folder / "pretraining_2.safetensors")
     log = Log(log.loss + second.loss, log.lr + second.lr, log.grad_norm + second.grad_norm,
               log.seconds + second.seconds, log.trained)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from minilora import LoRAConfig, inject, lora_parameters, save_adapter
-from minilora.desk import IGNORE
-from minilora.distributed import WAYS, Wire, first
+from minilora.helpdesk import IGNORE
+from minilora.distributed import WAYS, Wire, is_main_process
 from minilora.llama import Llama, LlamaConfig
 from minilora.train import Log, train
 
@@ -119,7 +119,7 @@ def compare(folder: Path) -> dict:
     torch.manual_seed(rank())
     found["dropout resumed"] = drop(stop_at=8, checkpoint=folder / "dropout.safetensors")
     own = folder / f"own{rank()}.safetensors"  # a checkpoint that process 0 alone can see
-    if first():
+    if is_main_process():
         shutil.copy(folder / "start.safetensors", own)
     try:
         run(model(dtype=DOUBLE), parallel="ddp", checkpoint=own)
@@ -150,7 +150,7 @@ def main(job: str, folder: Path, *rest: str) -> None:
         found = interrupted(folder, rest[0], int(rest[1]))
     else:
         found = {parallel: interrupted(folder, parallel) for parallel in WAYS}
-    if first():
+    if is_main_process():
         (folder / f"{job}.json").write_text(json.dumps(found))
 
 

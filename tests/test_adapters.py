@@ -29,7 +29,7 @@ from minilora import (
     unmerge,
 )
 from minilora.adapters import config_of, peft_config, read_adapter, read_config, write_adapter
-from minilora.insert import lora_layers
+from minilora.injection import lora_layers
 
 MODELS = {"llama": small.hf_llama, "gpt2": small.gpt2, "bert": small.bert, "ours": small.our_llama}
 # attention, MLP and embedding targets, and one module for a pattern

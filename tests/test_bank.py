@@ -24,7 +24,7 @@ from minilora import (
     unmerge,
 )
 from minilora.bank import RoutedLayer
-from minilora.insert import lora_layers
+from minilora.injection import lora_layers
 
 MODELS = {"ours": small.our_llama, "llama": small.hf_llama, "gpt2": small.gpt2, "bert": small.bert}
 # adapters that differ in rank, targets and variant; "wte" and the like are embeddings

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minilora import load_adapter, lora_parameters, save_adapter
 from minilora.adapters import read_adapter
-from minilora.desk import DATA
+from minilora.helpdesk import DATA
 from minilora.distributed import WAYS, Wire
 from minilora.experiments import measured
 from minilora.llama import Llama

@@ -8,9 +8,9 @@ import torch
 from small import our_llama
 
 from minilora import LoRAConfig
-from minilora.desk import IGNORE, load_task
+from minilora.helpdesk import IGNORE, load_task
 from minilora.experiments import shipping, slope, twins, watched
-from minilora.insert import lora_layers
+from minilora.injection import lora_layers
 from minilora.train import Log
 
 TARGETS = ("q_proj", "v_proj", "down_proj")

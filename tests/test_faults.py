@@ -5,7 +5,7 @@ from small import our_llama
 
 from minilora import LoRAConfig, inject, load_adapter, save_adapter
 from minilora.experiments import FAMILY, FAULTS, examine, forget_alpha, measured, unfreeze, zero_A
-from minilora.insert import lora_layers
+from minilora.injection import lora_layers
 
 
 def test_a_forgotten_alpha_is_read_as_eight(tmp_path):

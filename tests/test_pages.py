@@ -18,12 +18,12 @@ TEXTS = [pages.ROOT / "README.md", *(pages.ROOT / "notebooks").glob("*.md")]
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
 def test_generated_parts_are_up_to_date(page):
-    assert page.read_text(encoding="utf-8") == pages.filled(page), "run python tests/pages.py"
+    assert page.read_text(encoding="utf-8") == pages.filled(page), "run python tools/pages.py"
 
 
 def test_figures_are_those_of_the_notebooks():
     found = {path.stem: path.read_bytes() for path in (pages.ROOT / "notebooks" / "figures").glob("*")}
-    assert found == {name: png for name, (png, _) in pages.pictures().items()}, "run python tests/pages.py"
+    assert found == {name: png for name, (png, _) in pages.pictures().items()}, "run python tools/pages.py"
     assert all(alt for _, alt in pages.pictures().values())
 
 

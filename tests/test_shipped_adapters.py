@@ -4,7 +4,7 @@ import pytest
 
 from minilora import load_adapter, plan
 from minilora.adapters import read_adapter
-from minilora.desk import DATA, TASKS, evaluate, load_base, load_task
+from minilora.helpdesk import DATA, TASKS, evaluate, load_base, load_task
 from minilora.experiments import SHAPES, interleaved, measured
 
 ROWS = {row["adapter"]: row for row in measured("adapters")["rows"]}

@@ -18,20 +18,20 @@ from safetensors.torch import load_file
 
 from minilora import (LoRAConfig, fingerprint, inject, load_adapter, lora_parameters, merge, plan, remove, report,
                       save_adapter)
-from minilora import store, stream
+from minilora import stream, weight_store
 from minilora.__main__ import main
-from minilora.family import IA3, BitFit, PromptTuning
-from minilora.family import insert as insert_relative
-from minilora.family import trainable_parameters
+from minilora.peft_methods import IA3, BitFit, PromptTuning
+from minilora.peft_methods import insert as insert_relative
+from minilora.peft_methods import trainable_parameters
 from minilora.llama import Cache, Llama, LlamaConfig
 from minilora.memory import ModelSpec, Training, estimate
 from minilora.memory.blocks import LOSS_CHUNK
 from minilora.memory.streamed import bytes_of
 from minilora.memory.trace import fake, trace
 from minilora.quant import quantise_model
-from minilora.store import Source, Store, build_store
+from minilora.weight_store import Source, Store, build_store
 from minilora.stream import StreamedLlama
-from minilora.train import reply_loss, train
+from minilora.train import masked_cross_entropy, train
 from small import IDS, SIZES, logits, shake
 
 SHAPE = SIZES | {"num_hidden_layers": 5, "num_key_value_heads": 2}
@@ -86,7 +86,7 @@ def test_ten_steps_of_training_and_generation(folder, kind, settings, monkeypatc
         inject(model, LoRAConfig(4, 8, **settings))
         shake(model, 0.02)
         model.train()
-        loss = reply_loss(model, *batches(99))
+        loss = masked_cross_entropy(model, *batches(99))
         loss.backward()
         grads = [p.grad.clone() for p in lora_parameters(model)]
         log = train(model, batches, steps=10, lr=1e-2, progress=False)
@@ -172,9 +172,9 @@ def test_loss_without_gradients_or_targets(folder):
     whole, streamed = pair(folder, "dense")
     ids, targets = batches(0)
     with torch.no_grad():
-        assert abs(reply_loss(whole, ids, targets) - reply_loss(streamed, ids, targets)) <= 1e-6
-    assert not reply_loss(streamed, ids, targets).requires_grad  # nothing trains yet
-    assert reply_loss(streamed, ids, torch.full_like(ids, -100)).isnan()  # as torch's cross_entropy
+        assert abs(masked_cross_entropy(whole, ids, targets) - masked_cross_entropy(streamed, ids, targets)) <= 1e-6
+    assert not masked_cross_entropy(streamed, ids, targets).requires_grad  # nothing trains yet
+    assert masked_cross_entropy(streamed, ids, torch.full_like(ids, -100)).isnan()  # as torch's cross_entropy
 
 
 @pytest.mark.parametrize("method", [BitFit(), IA3(), PromptTuning(3)], ids=str)
@@ -231,7 +231,7 @@ def test_a_traced_step_is_within_two_percent_of_the_plan(quantise, targets):
         ids, labels = (torch.randint(2000, (1, 256)) for _ in range(2))
     for _ in range(2):
         with trace() as t:
-            reply_loss(model, ids, labels).backward()
+            masked_cross_entropy(model, ids, labels).backward()
             adamw.step()
             adamw.zero_grad()
     run = Training("qlora" if quantise else "lora", 4, targets, seq=256, checkpointing=True, base="host")
@@ -321,7 +321,7 @@ def test_random_weights_are_those_of_the_seed(tmp_path):
 
 def interrupted(monkeypatch, folder: Path, shards: int) -> None:
     """Build a store that is stopped after so many shards, in the middle of writing the next."""
-    count, save = iter(range(99)), store.save_file
+    count, save = iter(range(99)), weight_store.save_file
 
     def stop(tensors, path, metadata):
         if next(count) == shards:
@@ -330,7 +330,7 @@ def interrupted(monkeypatch, folder: Path, shards: int) -> None:
         save(tensors, path, metadata)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(store, "save_file", stop)
+        patch.setattr(weight_store, "save_file", stop)
         build_store(CONFIG, folder, "nf4")
 
 
@@ -352,7 +352,7 @@ def test_an_interrupted_build_is_refused_by_name_and_goes_on(tmp_path, monkeypat
 KILLED = """
 import sys
 from minilora.llama import LlamaConfig
-from minilora.store import build_store
+from minilora.weight_store import build_store
 print("go", flush=True)
 build_store(LlamaConfig(64, 256, 512, 40, 4), sys.argv[1], "nf4")
 """
@@ -446,7 +446,7 @@ def test_a_checkpoint_is_read_shard_by_shard(tmp_path):
 import resource, sys
 import torch, torch._dynamo  # which modules on the meta device import by themselves
 from minilora.memory.streamed import bytes_of
-from minilora.store import build_store
+from minilora.weight_store import build_store
 torch.set_num_threads(1)
 before = bytes_of("VmData")
 resource.setrlimit(resource.RLIMIT_DATA, (before + int(sys.argv[3]), -1))
@@ -468,7 +468,7 @@ TRAINED = """
 import sys
 import torch
 from minilora import LoRAConfig, inject
-from minilora.store import Store
+from minilora.weight_store import Store
 from minilora.stream import StreamedLlama
 from minilora.train import train
 torch.set_num_threads(1)

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from small import SIZES, our_llama
 from torch import nn
 
-from minilora import LoRAConfig, desk, inject, lora_parameters
+from minilora import LoRAConfig, helpdesk, inject, lora_parameters
 from minilora import train as room
-from minilora.desk import IGNORE, batches, collate, evaluate, load_task, stream, tokenizer
-from minilora.insert import loraplus_groups
+from minilora.helpdesk import IGNORE, batches, collate, endless_batches, evaluate, load_task, tokenizer
+from minilora.injection import loraplus_groups
 from minilora.llama import Llama, LlamaConfig
-from minilora.train import Log, learning_rate_factor, load_checkpoint, pretrain, reply_loss, seed_everything, train
+from minilora.train import Log, learning_rate_factor, load_checkpoint, masked_cross_entropy, pretrain, seed_everything, train
 
 
 def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,9 +107,9 @@ def test_the_seed_decides_dropout():
 def test_it_learns():
     model = our_llama()
     held_out = collate_of(range(1000, 1010))
-    before = reply_loss(model, *held_out).item()
+    before = masked_cross_entropy(model, *held_out).item()
     log = run(model, steps=150, lr=1e-2)
-    assert before > 4 and reply_loss(model, *held_out).item() < 0.5 and log.loss[-1] < 0.5
+    assert before > 4 and masked_cross_entropy(model, *held_out).item() < 0.5 and log.loss[-1] < 0.5
 
 
 def collate_of(steps: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -382,14 +382,14 @@ def test_the_log_is_kept(tmp_path):
 
 def test_pretraining_ships_both_bases_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     task = load_task("general")
-    monkeypatch.setattr(room, "load_task", lambda name: desk.Task(name, [], [], task.test[:4]))
+    monkeypatch.setattr(room, "load_task", lambda name: helpdesk.Task(name, [], [], task.test[:4]))
     small = LlamaConfig(**(SIZES | {"vocab_size": len(tokenizer())}))
     monkeypatch.setattr(room, "LlamaConfig", lambda *_, **__: small)
     settings = {"steps": 5, "more": 3, "early": 2, "batch": 4, "lr": 1e-3, "seed": 1}
     pretrain(tmp_path / "whole", **settings)
     model, early = Llama.from_pretrained(tmp_path / "whole" / "base"), tmp_path / "whole" / "base_early"
     by_hand = Llama(model.config, 1)
-    log = train(by_hand, stream("general", batch=4, seed=1), steps=5, lr=1e-3, warmup=100, weight_decay=0.1, seed=1,
+    log = train(by_hand, endless_batches("general", batch=4, seed=1), steps=5, lr=1e-3, warmup=100, weight_decay=0.1, seed=1,
                 stop_at=2, progress=False)
     assert equal(weights(Llama.from_pretrained(early)), weights(by_hand))
     card, score = (tmp_path / "whole" / "base" / "README.md").read_text(), evaluate(model, task.test[:4])
@@ -397,18 +397,18 @@ def test_pretraining_ships_both_bases_and_goes_on_where_it_stopped(tmp_path, mon
     assert "python -m minilora.train --steps 5 --more 3 --early 2 --batch 4 --lr 0.001 --seed 1" in card
     assert "stopped early" in (early / "README.md").read_text() and "stopped" not in card
     assert json.loads((early / "log.json").read_text())["loss"] == [round(log.loss[0], 6)]
-    assert desk.Tokenizer.load(early / "tokenizer.json").words == tokenizer().words
+    assert helpdesk.Tokenizer.load(early / "tokenizer.json").words == tokenizer().words
 
     def interrupted(at):
         def draw(*tasks, **settings):
-            whole, before = stream(*tasks, **settings), 5 * (len(tasks) - 1)
+            whole, before = endless_batches(*tasks, **settings), 5 * (len(tasks) - 1)
             return lambda step: whole(step) if before + step < at else 1 / 0
 
         return draw
 
     for at in (1, 4, 7):
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(room, "stream", interrupted(at))
+            patch.setattr(room, "endless_batches", interrupted(at))
             patch.setattr(room.train, "__kwdefaults__", room.train.__kwdefaults__ | {"every": 1})
             pretrain(tmp_path / "parts", **settings)
     pretrain(tmp_path / "parts", **settings)

@@ -6,7 +6,7 @@ from tqdm.auto import tqdm
 
 from ..adapters import load_adapter, save_adapter
 from ..config import LoRAConfig
-from ..desk import DATA, TASKS, evaluate, load_base, load_task
+from ..helpdesk import DATA, TASKS, evaluate, load_base, load_task
 from ..llama import Llama
 from .run import ATTENTION, MLP, adapt, grid, measured, sweep
 

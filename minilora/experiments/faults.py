@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 
 from ..adapters import fingerprint, load_adapter, save_adapter
 from ..config import LoRAConfig
-from ..desk import evaluate, load_base, load_task
-from ..insert import lora_layers
+from ..helpdesk import evaluate, load_base, load_task
+from ..injection import lora_layers
 from ..train import Log
 from .run import EVERYWHERE, adapt, grid, rounded_row, sweep
 

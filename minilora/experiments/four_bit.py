@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..config import LoRAConfig
-from ..desk import evaluate, load_base, load_task
+from ..helpdesk import evaluate, load_base, load_task
 from ..quant import BLOCK, nf4_levels, quantise_model
 from .run import adapt, grid, sweep
 

@@ -9,8 +9,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..config import LoRAConfig
-from ..desk import load_base
-from ..insert import inject, merge
+from ..helpdesk import load_base
+from ..injection import inject, merge
 from ..llama import Llama, LlamaConfig
 from .run import ATTENTION, MLP, sweep
 

@@ -7,9 +7,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ..config import LoRAConfig
-from ..desk import load_base, load_task, tokenizer
-from ..family import IA3, BitFit, BottleneckAdapters, PrefixTuning, PromptTuning, insert
-from ..insert import merge
+from ..helpdesk import load_base, load_task, tokenizer
+from ..peft_methods import IA3, BitFit, BottleneckAdapters, PrefixTuning, PromptTuning, insert
+from ..injection import merge
 from .faults import HEALTHY
 from .run import EVERYWHERE, adapt, rounded_row, sweep
 

@@ -13,8 +13,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import LoRAConfig
-from ..desk import DATA, batches, evaluate, load_base, load_task
-from ..family import Method, insert
+from ..helpdesk import DATA, batches, evaluate, load_base, load_task
+from ..peft_methods import Method, insert
 from ..llama import Llama
 from ..train import Log, train
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoRAConfig
-from ..desk import batches, evaluate, load_base, load_task
-from ..insert import inject, lora_layers
+from ..helpdesk import batches, evaluate, load_base, load_task
+from ..injection import inject, lora_layers
 from ..train import Log, train
 from .run import ATTENTION, MLP, adapt, grid, sweep
 from .spectra import updates

@@ -1,7 +1,7 @@
 """Notebook 13: candidates for shipping."""
 
 from ..config import LoRAConfig
-from ..desk import evaluate, load_task
+from ..helpdesk import evaluate, load_task
 from .run import EVERYWHERE, Run, adapt, grid, rounded_row, sweep
 
 CANDIDATES = {  # name -> modules, rank, base

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import LoRAConfig
-from ..desk import evaluate, load_base, load_task
+from ..helpdesk import evaluate, load_base, load_task
 from ..layers import LoRALayer
 from ..spectrum import energy, extract_lora, intruder_dimensions, rank_for_energy, subspace_similarity
 from .run import ATTENTION, MLP, adapt, grid, sweep

@@ -8,9 +8,9 @@ import sys
 import torch
 
 from ..config import LoRAConfig
-from ..desk import batches, load_base, load_task
-from ..distributed import WAYS, Wire, first, many
-from ..insert import inject
+from ..helpdesk import batches, load_base, load_task
+from ..distributed import WAYS, Wire, is_main_process, many
+from ..injection import inject
 from ..train import train
 from .run import ATTENTION, LR, MLP, grid, sweep
 
@@ -50,5 +50,5 @@ def wire_command(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--method", choices=LR, default="lora")
     parser.add_argument("--parallel", choices=WAYS, default="ddp")
     found = exchange(**vars(parser.parse_args(arguments)))
-    if first():
+    if is_main_process():
         print(json.dumps(found))

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 
 from ..config import ALL_LINEAR, is_number
 from ..tables import bytes_text, table
-from .models import Linear, ModelSpec, near
+from .models import Linear, ModelSpec, suggest
 from .play import OPTIMIZERS, OURS, play, play_prefill
 from .tape import WIDTH, Tape
 
@@ -37,7 +37,7 @@ class Run:
             value, least = getattr(self, field.name), LEAST.get(field.name)
             if known := KNOWN.get(field.name):
                 if value not in known:
-                    raise ValueError(f"no {field.name} {value!r}; {near(str(value), map(str, known))}")
+                    raise ValueError(f"no {field.name} {value!r}; {suggest(str(value), map(str, known))}")
             elif least is not None and (type(value) is not int or not least <= value < 2**31):
                 raise ValueError(f"{field.name} must be an integer from {least} on, got {value!r}")
             elif isinstance(field.default, bool) and not isinstance(value, bool):

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 
 from ..tables import bytes_text, table
-from .models import near
+from .models import suggest
 
 GIB, MIB = 2**30, 2**20
 # what CUDA takes for itself before the first tensor: kernels, streams, libraries (0.15 to 1.4 GB, by card and version)
@@ -46,7 +46,7 @@ class Card:
     def of(cls, name: str) -> "Card":
         """A card by its name; a ValueError with near names if there is none."""
         if name not in CARDS:
-            raise ValueError(f"no card {name!r}; " + near(name, CARDS))
+            raise ValueError(f"no card {name!r}; " + suggest(name, CARDS))
         return CARDS[name]
 
     def to_dict(self) -> dict:

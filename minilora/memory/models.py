@@ -194,7 +194,7 @@ class ModelSpec:
             ValueError: no such preset; near names are listed.
         """
         if name not in PRESETS:
-            raise ValueError(f"no model {name!r}; " + near(name, PRESETS) + " (`models` lists all; or give a folder "
+            raise ValueError(f"no model {name!r}; " + suggest(name, PRESETS) + " (`models` lists all; or give a folder "
                              "with a config.json)")
         return PRESETS[name]
 
@@ -237,7 +237,7 @@ class ModelSpec:
         def word(field: str, default: str, known: tuple[str, ...]) -> str:
             value = config.get(field) or default
             if value not in known:
-                raise ValueError(f"{name}: {field} {value!r} is not known; {near(str(value), known)}")
+                raise ValueError(f"{name}: {field} {value!r} is not known; {suggest(str(value), known)}")
             return value
 
         def share(field: str, default: float) -> float:
@@ -299,10 +299,10 @@ def unknown_family(kind: object, config: Mapping, name: str) -> str:
             "one, say family llama (--family llama)")
     if isinstance(config.get("text_config"), Mapping):
         read = "its decoder stands in text_config: give that part alone"
-    return f"{name} {what}; {near(str(kind), FAMILIES)}; {read}"
+    return f"{name} {what}; {suggest(str(kind), FAMILIES)}; {read}"
 
 
-def near(wanted: str, names: Iterable[str]) -> str:
+def suggest(wanted: str, names: Iterable[str]) -> str:
     """The names a mistyped one may have meant, for an error message."""
     names = list(names)
     wanted = wanted.lower()

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from ..config import ALL_LINEAR, LoRAConfig
-from ..insert import inject
+from ..injection import inject
 from ..layers import dense_weight, kind_of
 from ..llama import Llama, LlamaConfig
 from ..quant import quantise_model  # here, not on fake tensors: its levels are computed when it is imported
-from ..train import reply_loss
+from ..train import masked_cross_entropy
 from .trace import fake, measure
 
 METHODS = ("full", "lora", "qlora")
@@ -87,7 +87,7 @@ def our_model(config: LlamaConfig, lora: LoRAConfig | None, dtype: torch.dtype, 
     if lora:
         inject(model, lora)
     model.model.checkpointing = checkpointing
-    return model, reply_loss
+    return model, masked_cross_entropy
 
 
 def hugging_face_model(config, lora: LoRAConfig | None, dtype: torch.dtype, checkpointing: bool, four_bit: bool):

@@ -21,18 +21,18 @@ import torch
 from tqdm.auto import tqdm
 
 from ..adapters import save_adapter
-from ..config import ALL_LINEAR, LoRAConfig, need
-from ..insert import inject
+from ..config import ALL_LINEAR, LoRAConfig, require
+from ..injection import inject
 from ..llama import LlamaConfig, read_json
 from ..quant import LEVELS
-from ..store import RECIPE, Source, Store, build_store
+from ..weight_store import RECIPE, Source, Store, build_store
 from ..stream import StreamedLlama, Traffic
 from ..tables import bytes_text, table
 from ..train import train
 from .account import Bill, Training, estimate
 from .cards import Card
 from .fit import judge
-from .models import ModelSpec, near
+from .models import ModelSpec, suggest
 from .play import OURS
 
 M_MMAP_THRESHOLD = -3  # of mallopt
@@ -49,7 +49,7 @@ def config_of(name: str) -> LlamaConfig:
     """
     spec = ModelSpec.preset(name)
     gpt3, ours = name == "gpt3-175b", spec.family in OURS
-    need(gpt3 or ours, f"our decoder is no {name}: expected a model of {', '.join(OURS)}, or gpt3-175b", spec.family)
+    require(gpt3 or ours, f"our decoder is no {name}: expected a model of {', '.join(OURS)}, or gpt3-175b", spec.family)
     return LlamaConfig(spec.vocab, spec.hidden, spec.ffn if ours else spec.hidden * 8 // 3, spec.layers, spec.heads,
                        spec.kv_heads, spec.head_dim, spec.context, attention_bias=ours and spec.qkv_bias,
                        attention_out_bias=ours and spec.out_bias, tie_word_embeddings=spec.tied)
@@ -58,7 +58,7 @@ def config_of(name: str) -> LlamaConfig:
 def size_of(text: str) -> int:
     """Bytes of "24GiB" and the like."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)", text.strip().upper())
-    need(found, "budget must be a size such as 24GiB", text)
+    require(found, "budget must be a size such as 24GiB", text)
     return int(float(found[1]) * UNITS[found[2]])
 
 
@@ -201,8 +201,8 @@ def stream_command(parser, arguments: list[str]) -> None:
     device = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     budget, card = size_of(o.budget) if o.budget else None, Card.of(o.card)
     if o.quantise is not None and o.quantise not in LEVELS:
-        raise ValueError(f"no quantisation {o.quantise!r}; {near(o.quantise, LEVELS)}")
-    need(o.steps > 0, "steps must be a positive integer", o.steps)
+        raise ValueError(f"no quantisation {o.quantise!r}; {suggest(o.quantise, LEVELS)}")
+    require(o.steps > 0, "steps must be a positive integer", o.steps)
     base = o.base or ("disk" if o.store else "host")
     if base == "disk" and not (o.store or o.plan):
         raise ValueError("base disk needs --store, a folder for it")

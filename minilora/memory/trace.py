@@ -35,7 +35,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..insert import table
+from ..injection import table
 from ..layers import quantised
 from .cuda import CUBLAS_WORKSPACE, CachingAllocator, follow_cuda, rounded
 

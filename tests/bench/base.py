@@ -10,7 +10,7 @@ import sys
 import torch
 
 from minilora.config import LoRAConfig
-from minilora.desk import TASKS, evaluate, load_base, load_task
+from minilora.helpdesk import TASKS, evaluate, load_base, load_task
 from minilora.experiments import ATTENTION, MLP, adapt
 
 torch.set_num_threads(1)  # a second one gains little at this size

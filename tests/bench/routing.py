@@ -25,7 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from minilora import AdapterBank
-from minilora.desk import load_base
+from minilora.helpdesk import load_base
 
 ROWS = 32
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

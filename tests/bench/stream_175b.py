@@ -17,9 +17,9 @@ from minilora import LoRAConfig, inject, lora_parameters
 from minilora.llama import LlamaConfig
 from minilora.memory import ModelSpec, Training, estimate
 from minilora.memory.trace import fake, trace
-from minilora.store import Store
+from minilora.weight_store import Store
 from minilora.stream import StreamedLlama
-from minilora.train import reply_loss
+from minilora.train import masked_cross_entropy
 
 GIB = 2**30
 
@@ -40,7 +40,7 @@ if __name__ == "__main__":
         adamw.step()
         adamw.zero_grad()
     with trace() as t:
-        reply_loss(model, ids, targets).backward()
+        masked_cross_entropy(model, ids, targets).backward()
         adamw.step()
         adamw.zero_grad()
     bill = estimate(ModelSpec.from_config(config.to_hf()),

@@ -26,7 +26,7 @@ from minilora import LoRAConfig
 from minilora.llama import LlamaConfig
 from minilora.memory import ModelSpec, Training, estimate
 from minilora.memory.streamed import bytes_of, measure
-from minilora.store import Store, build_store
+from minilora.weight_store import Store, build_store
 
 MIB, GIB = 2**20, 2**30
 BIG = LlamaConfig(32000, 4096, 11008, 10, 32, max_position_embeddings=512)

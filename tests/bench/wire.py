@@ -23,8 +23,8 @@ def worker(method: str, parallel: str) -> None:
     import torch.distributed as dist
 
     from minilora import LoRAConfig, inject
-    from minilora.desk import batches, load_base, load_task
-    from minilora.distributed import Wire, first
+    from minilora.helpdesk import batches, load_base, load_task
+    from minilora.distributed import Wire, is_main_process
     from minilora.train import train
 
     model, seen, counted = load_base(), [], []
@@ -40,7 +40,7 @@ def worker(method: str, parallel: str) -> None:
     with Wire() as wire:
         train(model, batches(load_task("tone").train, 8), steps=STEPS.stop, lr=1e-3, parallel=parallel, progress=False,
               on_step=on_step)
-    if first():
+    if is_main_process():
         there = sum(counted[step] for step in STEPS) * dist.get_world_size()
         print(json.dumps({"counted": there, "carried": seen[STEPS.stop - 1] - seen[STEPS.start - 1]}))
 

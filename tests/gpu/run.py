@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from common import Benchmark, Skip, machine, measured_rows
 
-from minilora.desk import DATA
+from minilora.helpdesk import DATA
 from minilora.experiments import record
 from minilora.tables import table
 from memory import MEMORY, VERDICTS, child

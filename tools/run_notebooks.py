@@ -1,8 +1,8 @@
 """Executes notebooks without a browser, each in a fresh kernel, and says what each took.
 
-    python tests/run_notebooks.py                 every notebook; the files stay as they are
-    python tests/run_notebooks.py 02 03           some, by number or path
-    python tests/run_notebooks.py 02 --inplace    for authors: writes the outputs back, clean
+    python tools/run_notebooks.py                 every notebook; the files stay as they are
+    python tools/run_notebooks.py 02 03           some, by number or path
+    python tools/run_notebooks.py 02 --inplace    for authors: writes the outputs back, clean
 
 Exit code 1 if a notebook fails. The kernels may not open a connection to another machine. One that needs packages of
 requirements-dev.txt which are not installed is left out of "every notebook", and the last line says so.

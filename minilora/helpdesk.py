@@ -14,7 +14,7 @@ describes, tickets in a layout that it describes, and answers from facts that it
     cipher     the plain answer with every word exchanged for another, by one fixed table    (far)
 
 The phrasings, the slot combinations and the target style, layout and products of the validation and test files never
-occur in training. ``python -m minilora.desk`` writes all files again, byte for byte the same.
+occur in training. ``python -m minilora.helpdesk`` writes all files again, byte for byte the same.
 """
 
 import difflib
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import need
+from .config import require
 from .llama import Llama
 
 DATA = Path(__file__).parent.parent / "data"
@@ -106,7 +106,7 @@ class Tokenizer:
             sound = {"<pad>", "<end>"} <= set(words) and len(set(words)) == len(words) and "" not in words
         except (ValueError, OSError, TypeError, RecursionError) as e:
             raise ValueError(f"{path} is missing, damaged or no tokenizer: {e}") from None
-        need(sound and isinstance(words, list) and all(isinstance(word, str) for word in words),
+        require(sound and isinstance(words, list) and all(isinstance(word, str) for word in words),
              f"{path} must hold a list of words with <pad> and <end>, each once", words)
         return cls(words)
 
@@ -384,7 +384,7 @@ class Score(NamedTuple):
     exact: float  # share of replies that greedy generation gives word for word
 
 
-def stream(*tasks: str, batch: int = 64, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
+def endless_batches(*tasks: str, batch: int = 64, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
     """step -> (ids, targets) of training examples of the tasks, in turn, drawn afresh without end; `seed` and the step
     alone decide. "facts" stands for that part of `general` alone.
 
@@ -395,8 +395,8 @@ def stream(*tasks: str, batch: int = 64, seed: int = 0) -> Callable[[int], tuple
     """
     for task in tasks:
         check_name("task", task, (*TASKS, "facts"))
-    need(tasks, "stream needs at least one task", tasks)
-    need(type(batch) is int and batch > 0, "batch must be a positive integer", batch)
+    require(tasks, "stream needs at least one task", tasks)
+    require(type(batch) is int and batch > 0, "batch must be a positive integer", batch)
 
     @lru_cache(maxsize=1)
     def pool(number: int) -> list[list[Example]]:
@@ -429,7 +429,7 @@ def evaluate(model, examples: list[Example], batch: int = 128) -> Score:
     Raises:
         ValueError: no examples, or one that is longer than the model's context.
     """
-    need(examples and type(batch) is int and batch > 0, "evaluate needs examples and a positive batch", batch)
+    require(examples and type(batch) is int and batch > 0, "evaluate needs examples and a positive batch", batch)
     loss, tokens, exact = 0.0, 0, 0
     order = sorted(examples, key=lambda e: len(e.prompt) + len(e.reply))
     with evaluating(model):

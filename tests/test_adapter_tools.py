@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from small import logits, shake
 from torch import Tensor
 
-from minilora import LoRAConfig, dissect, fingerprint, inject, load_adapter, merge, save_adapter
+from minilora import LoRAConfig, adapter_tools, fingerprint, inject, load_adapter, merge, save_adapter
 from minilora.__main__ import main
 from minilora.adapters import keys_of, peft_config, read_adapter, write_adapter
-from minilora.dissect import extract_adapter, inspect_adapter, plot_energy, truncate_adapter
-from minilora.insert import lora_layers
+from minilora.adapter_tools import extract_adapter, inspect_adapter, plot_energy, truncate_adapter
+from minilora.injection import lora_layers
 from minilora.llama import Llama
 from minilora.spectrum import energy, stable_rank
 
@@ -378,7 +378,7 @@ def test_gpt2_stores_its_weights_transposed(tmp_path):
 
 def test_checkpoints_are_streamed(tmp_path, monkeypatch):
     base, tuned = checkpoints(tmp_path)
-    alive, most, read = set(), [], dissect.read
+    alive, most, read = set(), [], adapter_tools.read
 
     def watched(file, key):
         tensor = read(file, key)
@@ -387,7 +387,7 @@ def test_checkpoints_are_streamed(tmp_path, monkeypatch):
         most.append(len(alive))
         return tensor
 
-    monkeypatch.setattr(dissect, "read", watched)
+    monkeypatch.setattr(adapter_tools, "read", watched)
     extract_adapter(base, tuned, tmp_path / "out", rank=3)
     assert len(most) == 2 * 21 and max(most) == 2
 

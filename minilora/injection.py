@@ -85,7 +85,7 @@ def inject(model: nn.Module, config: LoRAConfig, any_rank: bool = False) -> nn.M
     layers = {module: LoRALayer(module, row.rank, row.alpha, config.dropout, config.use_rslora, config.use_dora,
                                 config.init).train(module.training)
               for row, module in planned(model, config, any_rank)}
-    put(model, layers)
+    wrap(model, layers)
     return model
 
 
@@ -96,7 +96,7 @@ def remove(model: nn.Module) -> nn.Module:
     """
     layers = lora_layers(model)
     unmerge(model)
-    take(model, layers.values())
+    unwrap(model, layers.values())
     return model
 
 
@@ -206,7 +206,7 @@ def planned(model: nn.Module, config: LoRAConfig, any_rank: bool = False) -> lis
     for what, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
             if not any(pattern_matches(key, name) for name in targets):
-                raise ValueError(f"{what} key {key!r} matches none of the targets; {near(key, targets)}")
+                raise ValueError(f"{what} key {key!r} matches none of the targets; {suggest(key, targets)}")
     ties, rows = tied(model), []
     for name in targets:
         module, rank, (out, inp) = modules[name], config.rank_of(name), shape_of(modules[name])
@@ -235,12 +235,12 @@ def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig) -> 
     if isinstance(wanted, str):
         if not found:
             raise ValueError(f"target_modules: the regular expression {wanted!r} matches no whole name of a module "
-                             f"that can be adapted; {near(wanted, kinds)}")
+                             f"that can be adapted; {suggest(wanted, kinds)}")
         return found
     for entry in wanted:
         hits = [name for name in modules if entry_matches(entry, name)]
         if not hits:
-            raise ValueError(f"target_modules: {entry!r} matches no module; {near(entry, kinds)}")
+            raise ValueError(f"target_modules: {entry!r} matches no module; {suggest(entry, kinds)}")
         for name in hits:
             if name not in kinds:
                 why = ("the torch module around it reads its weight and never calls it" if inside_torch(modules, name)
@@ -257,7 +257,7 @@ def inside_torch(modules: dict, name: str) -> bool:
     return isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
 
 
-def near(wanted: str, names: Iterable[str]) -> str:
+def suggest(wanted: str, names: Iterable[str]) -> str:
     """The names a mistyped one may have meant, as the end of an error message."""
     if not names:
         return "the model has no module that can be adapted"
@@ -279,14 +279,14 @@ def tied(model: nn.Module) -> dict[str, set[str]]:
     return others
 
 
-def put(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
+def wrap(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
     """Freeze the model and put ``layers[base]`` in the place of each base; `take` undoes both."""
     model.trained_before_lora = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     replace(model, layers)
 
 
-def take(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+def unwrap(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     replace(model, {layer: layer.base_layer for layer in layers})
     for p in model.__dict__.pop("trained_before_lora", ()):
         p.requires_grad_(True)

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import insert as lora
+from . import injection as lora
 from .adapters import (AdapterFile, check_base, fingerprint, load_adapter, read_settings, read_tensors, save_adapter,
                        write_adapter)
-from .config import ALL_LINEAR, LoRAConfig, entry_matches, need
+from .config import ALL_LINEAR, LoRAConfig, entry_matches, require
 from .layers import LoRALayer, Wrapper, adapter_options, kind_of, shape_of
 
 
@@ -45,8 +45,8 @@ class VirtualTokens:
         object.__setattr__(self, "init_ids", tuple(self.init_ids))
         if self.init_ids:
             object.__setattr__(self, "tokens", len(self.init_ids))
-        need(type(self.tokens) is int and self.tokens > 0, "tokens must be a positive integer", self.tokens)
-        need(all(type(i) is int and i >= 0 for i in self.init_ids), "init_ids must be token ids", self.init_ids)
+        require(type(self.tokens) is int and self.tokens > 0, "tokens must be a positive integer", self.tokens)
+        require(all(type(i) is int and i >= 0 for i in self.init_ids), "init_ids must be token ids", self.init_ids)
 
     def start(self, model: nn.Module) -> tuple[nn.Module, Tensor]:
         """The decoder inside our Llama, and the ids to start from, (n,).
@@ -96,8 +96,8 @@ class PrefixTuning(VirtualTokens):
 
     def __post_init__(self):
         super().__post_init__()
-        need(type(self.hidden) is int and self.hidden >= 0, "hidden must be 0 or a positive integer", self.hidden)
-        need(not (self.hidden and self.init_ids), "an MLP cannot start from words: init_ids must be empty, or hidden 0",
+        require(type(self.hidden) is int and self.hidden >= 0, "hidden must be 0 or a positive integer", self.hidden)
+        require(not (self.hidden and self.init_ids), "an MLP cannot start from words: init_ids must be empty, or hidden 0",
              self.init_ids)
 
     def wrap(self, model: nn.Module) -> dict[nn.Module, "Relative"]:
@@ -139,13 +139,13 @@ class BottleneckAdapters:
     norms: bool = False
 
     def __post_init__(self):
-        need(type(self.size) is int and self.size > 0, "size must be a positive integer", self.size)
-        need(isinstance(self.norms, bool), "norms must be True or False", self.norms)
+        require(type(self.size) is int and self.size > 0, "size must be a positive integer", self.size)
+        require(isinstance(self.norms, bool), "norms must be True or False", self.norms)
 
     def wrap(self, model: nn.Module) -> dict[nn.Module, "Relative"]:
         behind = [m for end in ("o_proj", "down_proj") for m in linears(model, end)]
         width = min(shape_of(m)[0] for m in behind)
-        need(self.size < width, f"size must be below the width {width}", self.size)
+        require(self.size < width, f"size must be below the width {width}", self.size)
         new = {m: Bottleneck(m, self.size) for m in behind}
         if self.norms:
             new |= {m: Scaled(m, len(m.weight)) for name, m in model.named_modules() if name.endswith("norm")}
@@ -167,13 +167,13 @@ class BitFit:
     add: bool = False
 
     def __post_init__(self):
-        need(isinstance(self.add, bool), "add must be True or False", self.add)
+        require(isinstance(self.add, bool), "add must be True or False", self.add)
 
     def wrap(self, model: nn.Module) -> dict[nn.Module, "Relative"]:
         modules = dict(model.named_modules())
         biased = [m for m in modules.values() if isinstance(getattr(m, "bias", None), nn.Parameter)]
         for m in biased:
-            need(kind_of(m) or isinstance(m, nn.LayerNorm), "a bias must be a linear's or a LayerNorm's", m)
+            require(kind_of(m) or isinstance(m, nn.LayerNorm), "a bias must be a linear's or a LayerNorm's", m)
         if self.add:
             kinds = {name: kind for name, m in modules.items() if name and (kind := kind_of(m))}
             biased += [modules[n] for n in lora.choose(model, modules, kinds, LoRAConfig(target_modules=ALL_LINEAR))]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from small import IDS, MLP, SIZES, gpt2, hf_llama, logits, our_llama, same, state
 from torch import nn
 
-from minilora import LoRAConfig, family, load_adapter, report
-from minilora.family import (IA3, BitFit, BottleneckAdapters, PrefixTuning, PromptTuning, insert, load, remove,
+from minilora import LoRAConfig, peft_methods, load_adapter, report
+from minilora.peft_methods import (IA3, BitFit, BottleneckAdapters, PrefixTuning, PromptTuning, insert, load, remove,
                              save, trainable_parameters)
 from minilora.llama import Llama, LlamaConfig
 from minilora.quant import quantise_model
@@ -211,7 +211,7 @@ def test_ia3_scales_keys_values_and_the_inside_of_the_mlp():
 
 def test_bottlenecks_stand_behind_attention_and_mlp_and_start_near_zero():
     model = insert(our_llama(), BottleneckAdapters(6))
-    found = {n: m for n, m in model.named_modules() if isinstance(m, family.Bottleneck)}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, peft_methods.Bottleneck)}
     assert sorted(n.rsplit(".", 1)[1] for n in found) == ["down_proj", "down_proj", "o_proj", "o_proj"]
     for m in found.values():
         assert m.down.weight.abs().max() <= 0.02 and 0.005 < m.down.weight.std() < 0.01
@@ -294,7 +294,7 @@ def test_ia3_equals_pefts(twins):
     ours, theirs = insert(twins[0], IA3()), peft.get_peft_model(twins[1], peft.IA3Config(task_type="CAUSAL_LM"))
     assert trainable_count(theirs) == count(IA3()) == trainable_count(ours)
     shake(ours)
-    for name, wrapper in family.relatives(ours).items():
+    for name, wrapper in peft_methods.relatives(ours).items():
         place = theirs.base_model.model.get_submodule(name).ia3_l["default"]
         place.data.copy_(wrapper.scale.view(place.shape))
     assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)

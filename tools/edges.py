@@ -1,6 +1,6 @@
 """Which printed numbers stand near a rounding edge? For authors, before a notebook is committed.
 
-    python tests/edges.py [NOTEBOOK ...] [--within 0.05]        default: all of notebooks/, some minutes
+    python tools/edges.py [NOTEBOOK ...] [--within 0.05]        default: all of notebooks/, some minutes
 
 0.2349 in two digits is 0.23 here, and 0.24 on a CPU that sums in another order: a test that fails by luck. Each
 notebook is executed twice, the second time with torch's plain kernels, and every formatted value of its f-strings

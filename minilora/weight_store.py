@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapters import fingerprint
-from .config import need
-from .insert import replace
+from .config import require
+from .injection import replace
 from .llama import Block, Llama, LlamaConfig, read_json
 from .quant import LEVELS, Linear4bit, quantise_model
 from .tables import bytes_text
@@ -131,7 +131,7 @@ class Source:
     """
 
     def __init__(self, source: str | Path | LlamaConfig, dtype: torch.dtype = torch.bfloat16, seed: int = 0):
-        need(dtype in DTYPES.values(), f"dtype must be one of {', '.join(DTYPES)}", dtype)
+        require(dtype in DTYPES.values(), f"dtype must be one of {', '.join(DTYPES)}", dtype)
         self.dtype, self.seed, self.weights = dtype, seed, None
         if isinstance(source, LlamaConfig):
             self.config, self.name = source, f"random, seed {seed}"
@@ -183,7 +183,7 @@ def build_store(source: str | Path | LlamaConfig, folder: str | Path, quantise: 
         ValueError: as `Source`, an unknown quantisation, a folder that holds another store, or too small a disk.
         OSError: a file could not be written; none is half written under its final name.
     """
-    need(quantise is None or quantise in LEVELS, f"quantise must be None or one of {', '.join(LEVELS)}", quantise)
+    require(quantise is None or quantise in LEVELS, f"quantise must be None or one of {', '.join(LEVELS)}", quantise)
     source, folder = Source(source, dtype, seed), Path(folder)
     name_of_dtype = next(name for name, d in DTYPES.items() if d == dtype)
     recipe = {"config": source.config.to_hf(), "quantise": quantise, "dtype": name_of_dtype, "source": source.name}
@@ -266,7 +266,7 @@ def held(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         copies[name].copy_(t)
     if torch.cuda.is_available():
         error = torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)
-        need(int(error) == 0, f"CUDA cannot pin {bytes_text(flat.nbytes)} of host memory: error", int(error))
+        require(int(error) == 0, f"CUDA cannot pin {bytes_text(flat.nbytes)} of host memory: error", int(error))
     return copies
 
 

@@ -1,8 +1,8 @@
 """Deliberate bugs: does the suite see them?
 
-    python tests/bench/mutants.py                     every bug against the unit tests, then against the notebooks
-    python tests/bench/mutants.py --only unit layers  the unit tests alone, bugs in layers.py alone
-    python tests/bench/mutants.py --jobs 2
+    python tools/mutants.py                     every bug against the unit tests, then against the notebooks
+    python tools/mutants.py --only unit layers  the unit tests alone, bugs in layers.py alone
+    python tools/mutants.py --jobs 2
 
 Each bug is one replaced piece of text in a copy of the repository. The unit tests run until one fails, those of the
 broken room first; then, on their own, the notebooks, quick ones first, each executed and compared with its stored
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 class Mutant(NamedTuple):
@@ -72,13 +72,13 @@ MUTANTS = [
            "        if False:\n            return self.base"),
     Mutant("DoRA's norm leaves out the cross term", "layers.py", "+ 2 * s * cross + s * s", "+ s * s"),
     # over a model
-    Mutant("the base stays trainable", "insert.py", "    model.requires_grad_(False)\n", ""),
-    Mutant("the first target is left out", "insert.py", "for name in kinds if config.matches(name)]",
+    Mutant("the base stays trainable", "injection.py", "    model.requires_grad_(False)\n", ""),
+    Mutant("the first target is left out", "injection.py", "for name in kinds if config.matches(name)]",
            "for name in kinds if config.matches(name)][1:]"),
-    Mutant("the plan counts A alone", "insert.py", "count = rank * (inp + out)", "count = rank * inp"),
-    Mutant("all-linear takes the head too", "insert.py",
+    Mutant("the plan counts A alone", "injection.py", "count = rank * (inp + out)", "count = rank * inp"),
+    Mutant("all-linear takes the head too", "injection.py",
            'modules[name] is not head and not entry_matches("lm_head", name)', "True"),
-    Mutant("remove leaves the base frozen", "insert.py", "        p.requires_grad_(True)\n", "        pass\n"),
+    Mutant("remove leaves the base frozen", "injection.py", "        p.requires_grad_(True)\n", "        pass\n"),
     # on disk and in the bank
     Mutant("A and B are swapped in the file", "adapters.py", '"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"',
            '"lora_A": "lora_B.weight", "lora_B": "lora_A.weight"'),
@@ -108,7 +108,7 @@ MUTANTS = [
     Mutant("the two codes of a byte change places", "quant.py", "code[:, ::2] * 16 + code[:, 1::2]",
            "code[:, 1::2] * 16 + code[:, ::2]"),
     Mutant("codes are rounded down", "quant.py", "middle = (levels[1:] + levels[:-1]) / 2", "middle = levels[1:]"),
-    Mutant("(IA)3 starts at 0", "family.py", "torch.ones(", "torch.zeros("),
+    Mutant("(IA)3 starts at 0", "peft_methods.py", "torch.ones(", "torch.zeros("),
     # the decoder, the data, the loop
     Mutant("a stale cache: keys are not rotated to their place", "llama.py", "(table[start:start + t].to(x.dtype)",
            "(table[:t].to(x.dtype)"),
@@ -121,7 +121,7 @@ MUTANTS = [
            "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
     Mutant("one layer too few", "llama.py", "for i, block in enumerate(self.layers):",
            "for i, block in enumerate(self.layers[:-1]):"),
-    Mutant("the loss counts the prompt too", "desk.py", "[IGNORE] * (len(head) - 1) + tail", "head[1:] + tail"),
+    Mutant("the loss counts the prompt too", "helpdesk.py", "[IGNORE] * (len(head) - 1) + tail", "head[1:] + tail"),
     Mutant("gradients pile up over the steps", "train.py", "            opt.step()\n            opt.zero_grad()\n",
            "            opt.step()\n"),
     Mutant("the learning rate never rises to its peak", "train.py", "group[\"lr\"] = peak * factor",
@@ -163,7 +163,7 @@ def seen(copy: Path, *arguments: str) -> str:
 
 def unit(copy: Path, room: str) -> str:
     name = room.removesuffix(".py").replace("/", "_")
-    first = sorted(copy.glob(f"tests/test_{name}*.py")) or [copy / "tests" / "test_insert.py"]
+    first = sorted(copy.glob(f"tests/test_{name}*.py")) or [copy / "tests" / "test_injection.py"]
     rest = sorted(p for p in copy.glob("tests/test_*.py") if p not in first
                   and p.name not in ("test_notebooks.py", "test_pages.py", "test_run_notebooks.py"))
     return seen(copy, *map(str, first)) or seen(copy, *map(str, rest))  # to collect all takes long

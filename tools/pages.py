@@ -1,4 +1,4 @@
-"""Writes what the notebooks already say into the pages that gather it: ``python tests/pages.py``.
+"""Writes what the notebooks already say into the pages that gather it: ``python tools/pages.py``.
 
 README.md gets two of the figures, an answer of the memory calculator, how far such answers are off, what was measured
 on a card, the map of the notebooks and the ledger of claims; notebooks/TEACHING.md gets the misconception behind each
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import nbformat
 
-sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "gpu"))
 
 import run as gpu
 from common import measured_rows

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora import LoRAConfig, desk, inject, lora_parameters
-from minilora.desk import (DATA, IGNORE, PLAIN, SPLITS, TASKS, TICKET, TONE, Example, Tokenizer, answer, batches,
-                           catalogue, cipher_table, collate, conversation, draw, encipher, evaluate, load_base,
-                           load_task, stream, tokenizer, vocabulary, world, write_files)
+from minilora import LoRAConfig, helpdesk, inject, lora_parameters
+from minilora.helpdesk import (DATA, IGNORE, PLAIN, SPLITS, TASKS, TICKET, TONE, Example, Tokenizer, answer, batches,
+                               catalogue, cipher_table, collate, conversation, draw, encipher, endless_batches,
+                               evaluate, load_base, load_task, tokenizer, vocabulary, world, write_files)
 from minilora.llama import Llama, LlamaConfig
 from minilora.train import train
 
@@ -187,7 +187,7 @@ def test_the_cipher_is_a_bijection(tasks):
 
 def test_texts_survive_the_tokenizer(tasks, drawn):
     tok = tokenizer()
-    for name, task in {**tasks, "drawn": desk.Task("drawn", drawn, [], [])}.items():
+    for name, task in {**tasks, "drawn": helpdesk.Task("drawn", drawn, [], [])}.items():
         for text in (text for split in SPLITS for e in getattr(task, split) for text in e):
             ids = tok.encode(text)
             assert tok.encode(tok.decode(ids)) == ids
@@ -259,28 +259,28 @@ def test_batches_show_every_example_once_an_epoch():
 
 
 def test_a_stream_depends_on_seed_and_step_alone():
-    one, other = stream("tone", batch=8), stream("tone", batch=8)
+    one, other = endless_batches("tone", batch=8), endless_batches("tone", batch=8)
     forwards, backwards = [one(step) for step in range(20)], [other(step) for step in reversed(range(20))][::-1]
     assert all(torch.equal(a, b) for x, y in zip(forwards, backwards) for a, b in zip(x, y))
     assert len({ids.numpy().tobytes() for ids, _ in forwards}) == 20 and len(forwards[0][0]) == 8
-    seeded = [stream("tone", batch=8, seed=1)(step)[0].numpy().tobytes() for step in range(20)]
+    seeded = [endless_batches("tone", batch=8, seed=1)(step)[0].numpy().tobytes() for step in range(20)]
     assert not set(seeded) & {ids.numpy().tobytes() for ids, _ in forwards}
 
 
 def test_a_stream_of_several_tasks_takes_them_in_turn():
-    one_of_each = [stream("tone", "ticket", batch=2)(step)[0] for step in range(16)]
+    one_of_each = [endless_batches("tone", "ticket", batch=2)(step)[0] for step in range(16)]
     bracket = tokenizer().ids["["]
     tickets = sum((ids == bracket).any(1).sum().item() for ids in one_of_each)
     assert tickets == 16  # half of the 32 that are drawn together
 
 
 @pytest.mark.parametrize("make, said", [
-    (lambda: stream(), "at least one task"),
+    (lambda: endless_batches(), "at least one task"),
     (lambda: batches([Example("a", "b")] * 3, 4), "batch must be from 1 to the 3 examples there are, got 4"),
     (lambda: batches([], 1), "the 0 examples there are"),
     (lambda: batches([Example("a", "b")], 0), "got 0"),
-    (lambda: stream("genral"), "no task 'genral'.*near: general"),
-    (lambda: stream("tone", batch=0), "batch must be a positive integer, got 0"),
+    (lambda: endless_batches("genral"), "no task 'genral'.*near: general"),
+    (lambda: endless_batches("tone", batch=0), "batch must be a positive integer, got 0"),
     (lambda: evaluate(small_model(), []), "evaluate needs examples"),
     (lambda: evaluate(small_model(), [Example("<agent>", "no")], 0), "positive batch, got 0")])
 def test_bad_batches(make, said):
@@ -307,10 +307,10 @@ def test_the_shipped_base_can_do_its_own_task_and_no_other(tasks):
     examples = tasks["general"].test[:40]
     right = [said_right(base, e) for e in examples]
     assert [evaluate(base, [e]).exact == 1 for e in examples] == right and 30 < sum(right) < 40
-    sizes = [path.stat().st_size for name in desk.BASES for path in (DATA / name).iterdir()]
+    sizes = [path.stat().st_size for name in helpdesk.BASES for path in (DATA / name).iterdir()]
     assert sum(sizes) < 12e6
     assert all((DATA / name / "tokenizer.json").read_text() == (DATA / "base" / "tokenizer.json").read_text()
-               for name in desk.BASES)
+               for name in helpdesk.BASES)
 
 
 def test_exact_match_is_greedy_generation(learnt):
@@ -409,7 +409,7 @@ def test_no_such_task(name, said):
     None, b"\xff", b'{"prompt": "a", "rep', b'{"prompt": "a"}', b'{"prompt": "a", "reply": "b", "c": 1}', b"[1]", b"5"])
 def test_a_damaged_task(damage, tmp_path, monkeypatch):
     shutil.copytree(DATA / "tasks", tmp_path / "tasks")
-    monkeypatch.setattr(desk, "DATA", tmp_path)
+    monkeypatch.setattr(helpdesk, "DATA", tmp_path)
     assert len(load_task("tone").test) == 200
     path = tmp_path / "tasks" / "tone_test.jsonl"
     path.write_bytes(path.read_bytes() + damage) if damage else path.unlink()
@@ -420,7 +420,7 @@ def test_a_damaged_task(damage, tmp_path, monkeypatch):
 def test_bases(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no base 'base_erly', expected one of base, base_early; near: base_early"):
         load_base("base_erly")
-    monkeypatch.setattr(desk, "DATA", tmp_path)
+    monkeypatch.setattr(helpdesk, "DATA", tmp_path)
     with pytest.raises(ValueError, match="there is no config.json in .*base; expected a checkpoint folder"):
         load_base()
     small_model().save_pretrained(tmp_path / "base")
