@@ -83,7 +83,7 @@ def same_start(models: tuple[Llama, StreamedLlama], dtype: torch.dtype) -> None:
 
 def trained(model: torch.nn.Module):
     """The parameters that train, and what PiSSA subtracts: its singular vectors turn with the last bit of a weight."""
-    yield from trainable_parameters(model)
+    yield from lora_parameters(model)
     for layer in lora_layers(model).values():
         yield from layer.buffers(recurse=False)
 
