@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from ..config import LoRAConfig
 from ..helpdesk import batches, evaluate, load_base, load_task
-from ..peft_methods import Method, insert
+from ..injection import inject
+from ..peft_methods import Method
 from ..llama import Llama
 from ..shipped import DATA, written
 from ..train import Log, train
@@ -41,7 +42,7 @@ def adapt(task: str, config: LoRAConfig | Method | None = None, *, base: str | n
     """Fine-tune a copy of the base on a task's train file and score it on its test file.
 
     Args:
-        config: the LoRA, or its relative, to insert; None trains every weight.
+        config: the LoRA, or its relative, to inject; None trains every weight.
         base: a base's name, "random" (its shape, fresh weights), or a model, which is left alone.
         lr: the peak learning rate; None takes that of `LR`.
         seed: of the order of the batches, the adapter's start and dropout.
@@ -55,7 +56,7 @@ def adapt(task: str, config: LoRAConfig | Method | None = None, *, base: str | n
     if config is None:
         model.requires_grad_(True)
     else:
-        insert(model, config)
+        inject(model, config)
     if prepare is not None:
         prepare(model)
     data = load_task(task)
