@@ -21,7 +21,7 @@ release: .venv/.base
 
 # make grade DIR=submissions
 grade: .venv/.base
-	$(BIN)/python -m minilora.grade $(DIR)
+	$(BIN)/python -m minilora.grade $(if $(DIR),"$(DIR)",$(error make grade DIR=FOLDER, the folder of the submissions))
 
 clean:
 	rm -rf .venv
