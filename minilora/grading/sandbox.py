@@ -40,8 +40,11 @@ def libc(name: str, *arguments) -> None:
 def limits(alone: bool) -> None:
     """Bounds memory, the size of a file, the number of open files, and cores; `alone` also the number of processes,
     which the kernel counts for a user, not for a submission."""
-    bounds = {"RLIMIT_AS": in_use() + MEMORY, "RLIMIT_DATA": MEMORY, "RLIMIT_FSIZE": FILE, "RLIMIT_NOFILE": FILES, "RLIMIT_CORE": 0}
-    for name, bound in (bounds | ({"RLIMIT_NPROC": PROCESSES} if alone else {})).items():
+    bounds = {"RLIMIT_AS": in_use() + MEMORY, "RLIMIT_DATA": MEMORY, "RLIMIT_FSIZE": FILE, "RLIMIT_NOFILE": FILES,
+              "RLIMIT_CORE": 0}
+    if alone:
+        bounds["RLIMIT_NPROC"] = PROCESSES
+    for name, bound in bounds.items():
         kind = getattr(resource, name, None)
         with contextlib.suppress(ValueError, OSError, TypeError):  # not every system knows every limit
             _, hard = resource.getrlimit(kind)
