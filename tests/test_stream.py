@@ -20,7 +20,7 @@ from minilora import (LoRAConfig, fingerprint, inject, load_adapter, lora_parame
                       save_adapter)
 from minilora import stream, weight_store
 from minilora.__main__ import main
-from minilora.injection import lora_layers
+from minilora.injection import adapter_layers
 from minilora.peft_methods import IA3, BitFit, PromptTuning
 from minilora.llama import Cache, Llama, LlamaConfig
 from minilora.memory import ModelSpec, Training, estimate
@@ -83,8 +83,8 @@ def same_start(models: tuple[Llama, StreamedLlama], dtype: torch.dtype) -> None:
 
 def trained(model: torch.nn.Module):
     """The parameters that train, and what PiSSA subtracts: its singular vectors turn with the last bit of a weight."""
-    yield from trainable_parameters(model)
-    for layer in lora_layers(model).values():
+    yield from lora_parameters(model)
+    for layer in adapter_layers(model).values():
         yield from layer.buffers(recurse=False)
 
 
