@@ -4,7 +4,6 @@ import math
 import statistics
 from collections import defaultdict
 
-import torch
 
 from . import Exercise, Prediction
 

@@ -16,7 +16,7 @@ from ..injection import inject
 from ..layers import dense_weight, kind_of
 from ..llama import Llama, LlamaConfig
 from ..quant import quantise_model  # here, not on fake tensors: its levels are computed when it is imported
-from ..train import masked_cross_entropy
+from ..losses import masked_cross_entropy
 from .trace import fake, measure
 
 METHODS = ("full", "lora", "qlora")
