@@ -152,12 +152,12 @@ def write_file(path: Path, save: Callable[[Path], object]) -> None:
     Raises:
         OSError: the disk said no. What stood at `path` still stands there.
     """
-    with written(path.parent, path.name) as fresh:
+    with writing(path.parent, path.name) as fresh:
         save(fresh / path.name)
 
 
 @contextmanager
-def written(folder: Path, *names: str) -> Iterator[Path]:
+def writing(folder: Path, *names: str) -> Iterator[Path]:
     """A new folder inside `folder`, to write files of these names to; after the `with` they stand in `folder`, having
     taken their places one after the other, in this order.
 

@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import distributed
-from .checkpoints import CONFIG, MODEL, check_tensors, read_checkpoint, read_json, written
+from .checkpoints import CONFIG, MODEL, check_tensors, read_checkpoint, read_json, writing
 from .fast_decode import fast_decode
 from .llama_config import LlamaConfig
 from .rotary import rotary_tables, rotate
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square taken in fp32."""
+    """x / rms(x) * weight, the mean square taken in fp32 at least."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -39,7 +39,7 @@ class RMSNorm(nn.Module):
         weight = self.weight
         if x.dtype == weight.dtype == torch.float32:
             return F.rms_norm(x, weight.shape, weight, self.eps)
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return weight * wide.to(x.dtype)
 
@@ -266,7 +266,7 @@ class Llama(nn.Module):
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with written(folder, MODEL, CONFIG) as fresh:
+        with writing(folder, MODEL, CONFIG) as fresh:
             save_file(weights, fresh / MODEL, {"format": "pt", **(metadata or {})})
             (fresh / CONFIG).write_text(json.dumps(self.config.to_hf(), indent=2) + "\n", encoding="utf-8")
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORE = -100  # a target that does not count, as torch's cross_entropy has it
-LOSS_CHUNK = 512  # tokens whose logits stand at once; the planner's (memory/blocks.py) is the same
+LOSS_CHUNK = 512  # tokens whose logits stand at once; the planner's (memory/decoders/decoder.py) is the same
 
 
 def masked_cross_entropy(model: nn.Module, ids: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -32,7 +32,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, y: Tensor, targets: Tensor, counted: Tensor, head: nn.Module, wanted: bool,
                 *trained: Tensor) -> Tensor:
         dy = torch.empty_like(y) if wanted and ctx.needs_input_grad[0] else None  # (N, C)
-        sums, loss = [torch.zeros_like(p) for p in trained], torch.zeros((), device=y.device)
+        sums = [torch.zeros_like(p) for p in trained]
+        loss = torch.zeros((), device=y.device, dtype=torch.promote_types(y.dtype, torch.float32))
         for start in range(0, len(y), LOSS_CHUNK):
             piece = slice(start, start + LOSS_CHUNK)
             rows = y[piece].detach().requires_grad_(dy is not None)  # (n, C)

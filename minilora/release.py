@@ -1,5 +1,7 @@
 """Writes the student version of the notebooks: ``python -m minilora.release [--overwrite] [notebooks [release]]``.
 
+Without folders, those of this course go to release/ in the folder you are in; an installed package brings them along.
+
 What stands between ``### BEGIN SOLUTION`` and ``### END SOLUTION`` becomes nbgrader's own stub. Outputs go, since they
 answer the predictions. Hints and nbgrader's metadata stay, so nbgrader can grade what comes back. A file that is there
 and differs is somebody's work and is kept, unless --overwrite says otherwise.
@@ -9,6 +11,8 @@ import json
 import re
 import sys
 from pathlib import Path
+
+from .shipped import shipped
 
 REGION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n(?:(?!.*### BEGIN SOLUTION).*\n)*?[ \t]*### END SOLUTION[ \t]*$",
                     re.MULTILINE)
@@ -74,7 +78,7 @@ def main(arguments: list[str]) -> int:
         print("expected --overwrite or not, and at most two folders: the notebooks' and the student version's",
               file=sys.stderr)
         return 2
-    source, target = folders + ["notebooks", "release"][len(folders):]
+    source, target = folders + [shipped("notebooks"), "release"][len(folders):]
     try:
         files, kept = release(Path(source), Path(target), "--overwrite" in arguments)
     except ValueError as error:

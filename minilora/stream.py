@@ -234,4 +234,3 @@ class StreamedLlama(Llama):
     def _apply(self, fn, recurse=True):
         raise ValueError("a streamed decoder's weights stay where they are: say device and dtype when you make it, "
                          "StreamedLlama(store, device, dtype)")
-

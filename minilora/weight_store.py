@@ -10,6 +10,7 @@ import math
 import shutil
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,7 +115,7 @@ class Store:
 
     @classmethod
     def hollow(cls, config: LlamaConfig, quantise: str | None = None, dtype: torch.dtype = torch.bfloat16) -> "Store":
-        """Shapes alone, every tensor one number seen many times over: to trace a step inside `memory.trace.fake()`."""
+        """Shapes alone, every tensor one number seen many times over: to trace a step inside `memory.fake()`."""
         shards = shards_of(skeleton(config, quantise, dtype)).values()
         return cls(config, quantise, dtype, {name: torch.zeros(1, dtype=t.dtype).expand(t.shape)
                                              for shard in shards for name, t in shard.items()})
@@ -201,7 +202,7 @@ def build_store(source: str | Path | LlamaConfig, folder: str | Path, quantise: 
         tensors = {key: t.cpu().contiguous() for key, t in
                    source.shard(name, plain[name], quantise, device).items()}
         metadata = {"format": "pt", "store": digest_of(recipe), "sha256": checksum(tensors)}
-        write_file(folder / f"{name}.safetensors", lambda path: save_file(tensors, path, metadata))
+        write_file(folder / f"{name}.safetensors", partial(save_file, tensors, metadata=metadata))
         del tensors
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import our_llama
+from small import our_llama, roundings
 
 from minilora import LoRAConfig, fast_decode, inject, llama, merge
 from minilora.llama import Cache, Llama, LlamaConfig
@@ -161,7 +161,7 @@ def test_sixteen_bit_files(tmp_path):
     narrow, wide = Llama.from_pretrained(tmp_path), Llama.from_pretrained(tmp_path, torch.float32)
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16} and narrow(IDS).dtype == torch.bfloat16
     assert all(torch.equal(a.float(), b) for a, b in zip(narrow.parameters(), wide.parameters(), strict=True))
-    assert torch.equal(narrow(IDS), model(IDS).logits) and not torch.equal(narrow(IDS).float(), wide(IDS))
+    assert roundings(narrow(IDS), model(IDS).logits) <= 8 and not torch.equal(narrow(IDS).float(), wide(IDS))
     assert narrow.generate(IDS[:, :5], 5).shape == (3, 5)
 
 

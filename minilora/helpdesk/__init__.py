@@ -18,10 +18,11 @@ occur in training. ``python -m minilora.helpdesk`` writes all files again, byte 
 """
 
 from ..losses import IGNORE
+from ..shipped import DATA
 from .evaluation import Score, answer, evaluate, evaluating, load_base
 from .generator import (PLAIN, TICKET, TONE, Example, catalogue, cipher_table, conversation, draw, draw_message,
                         encipher, style_reply, ticket_reply, vocabulary, world)
-from .names import BASES, DATA, SPLITS, TASKS
+from .names import BASES, SPLITS, TASKS
 from .tasks import Task, batches, collate, endless_batches, load_task, read_examples, task_file, write_files
 from .tokens import Tokenizer, tokenizer
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from ..config import check_name, require
 from ..llama import Llama
 from ..losses import IGNORE
-from .names import BASES, DATA
+from ..shipped import DATA
+from .names import BASES
 from .tasks import collate
 from .tokens import tokenizer
 from .generator import Example, conversation

@@ -7,7 +7,7 @@ import zlib
 from functools import cache
 from typing import NamedTuple
 
-from .names import DATA
+from ..shipped import DATA
 
 
 @cache

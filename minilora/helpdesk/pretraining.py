@@ -11,9 +11,9 @@ from torch import nn
 from .. import distributed
 from ..config import require
 from ..llama import Llama, LlamaConfig
+from ..shipped import written
 from ..train import Log, train
 from .evaluation import evaluate
-from .names import DATA
 from .tasks import endless_batches, load_task
 from .tokens import tokenizer
 
@@ -77,7 +77,7 @@ def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: fl
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m minilora.helpdesk.pretraining", description="Pretrain the base of the notebooks.")
-    parser.add_argument("--folder", type=Path, default=DATA)
+    parser.add_argument("--folder", type=Path, help="where to; data/ of the checkout by default")
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--more", type=int, default=2000)
     parser.add_argument("--early", type=int, default=300)
@@ -86,7 +86,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parallel", choices=distributed.WAYS, help="under torchrun: how its processes share the model")
     try:
-        pretrain(**vars(parser.parse_args(arguments)))
+        options = vars(parser.parse_args(arguments))
+        pretrain(written(options.pop("folder"), "the base"), **options)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun one speaks
             print(f"minilora.helpdesk.pretraining: {error}", file=sys.stderr)

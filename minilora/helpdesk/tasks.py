@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..config import check_name, require
 from ..losses import IGNORE
-from .names import DATA, SPLITS, TASKS
+from ..shipped import DATA
+from .names import SPLITS, TASKS
 from .tokens import Tokenizer, tokenizer
 from .generator import Example, draw, vocabulary
 
@@ -101,7 +102,7 @@ def endless_batches(*tasks: str, batch: int = 64, seed: int = 0) -> Callable[[in
     return lambda step: collate(pool(step // 16)[step % 16])
 
 
-def write_files(folder: Path = DATA) -> None:
+def write_files(folder: Path) -> None:
     """Write the tokenizer and every task's files to `folder`."""
     for name in ("base", "tasks"):
         (folder / name).mkdir(parents=True, exist_ok=True)

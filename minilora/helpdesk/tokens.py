@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from ..config import require
-from .names import DATA
+from ..shipped import DATA
 
 
 class Tokenizer:
