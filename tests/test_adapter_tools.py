@@ -378,7 +378,7 @@ def test_gpt2_stores_its_weights_transposed(tmp_path):
 
 def test_checkpoints_are_streamed(tmp_path, monkeypatch):
     base, tuned = checkpoints(tmp_path)
-    alive, most, read = set(), [], adapter_tools.read
+    alive, most, read = set(), [], adapter_tools.read_tensor
 
     def watched(file, key):
         tensor = read(file, key)
@@ -387,7 +387,7 @@ def test_checkpoints_are_streamed(tmp_path, monkeypatch):
         most.append(len(alive))
         return tensor
 
-    monkeypatch.setattr(adapter_tools, "read", watched)
+    monkeypatch.setattr(adapter_tools, "read_tensor", watched)
     extract_adapter(base, tuned, tmp_path / "out", rank=3)
     assert len(most) == 2 * 21 and max(most) == 2
 
@@ -461,8 +461,8 @@ WRONG = {
     "extract base tuned o --rank 17": "k_proj.weight: rank must be an integer from 1 to 16 here, got 17",
     "extract base tuned o": "one of the arguments --rank --energy is required",
     "extract base tuned a --rank 2": "a holds an adapter already",
-    "extract base nothing o --rank 2": "nothing is no checkpoint: expected a folder with model.safetensors",
-    "extract base a o --rank 2": "a is no checkpoint",
+    "extract base nothing o --rank 2": "nothing holds no model.safetensors",
+    "extract base a o --rank 2": "a holds no model.safetensors",
     "extract base base/config.json o --rank 2": "base/config.json is damaged or not a safetensors file",
     "extract base tuned o --rank 2 --targets q_prj": "target 'q_prj' matches no weight; near: q_proj",
     "extract base tuned o --rank 2 --targets norm": "no linear weight of base differs in tuned among the targets",
@@ -472,8 +472,8 @@ WRONG = {
     "extract base nan o --rank 2": "up_proj.weight: delta holds NaN or infinite values",
     "extract base int8 o --rank 2": "up_proj.weight is stored as torch.float32 and torch.int8: dequantise",
     "extract base fp8 o --rank 2": "is stored as torch.float32 and torch.float8_e4m3fn: dequantise",
-    "extract base no-shard o --rank 2": "model-1.safetensors, named in model.safetensors.index.json, is missing",
-    "extract base bad-index o --rank 2": "is no index of shards",
+    "extract base no-shard o --rank 2": "holds no model-1.safetensors, which model.safetensors.index.json names",
+    "extract base bad-index o --rank 2": "index.json must map tensors to files under weight_map",
     "extract base cut o --rank 2": "model.safetensors is damaged or not a safetensors file",
 }
 
