@@ -9,9 +9,9 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from .config import ALL_LINEAR, LoRAConfig, entry_matches, pattern_matches, variants
+from .config import ALL_LINEAR, LoRAConfig, entry_matches, variants
 from .layers import AdapterLayer, LoRALayer, adapter_options, kind_of, quantised, shape_of, words
-from .tables import table
+from .tables import quoted, table
 
 
 @dataclass(frozen=True)
@@ -238,10 +238,9 @@ def planned(model: nn.Module, config: LoRAConfig, any_rank: bool = False) -> lis
     kinds = {name: kind for name, module in modules.items()
              if name and not inside_torch(modules, name) and (kind := kind_of(module))}
     targets = choose(model, modules, kinds, config)
-    for what, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for key in patterns:
-            if not any(pattern_matches(key, name) for name in targets):
-                raise ValueError(f"{what} key {key!r} matches none of the targets; {suggest(key, targets)}")
+    for what, patterns in (("rank_pattern", config.rank_table), ("alpha_pattern", config.alpha_table)):
+        for key in patterns.unused(targets):
+            raise ValueError(f"{what} key {quoted(key)} matches none of the targets; {suggest(key, targets)}")
     ties, rows, layer = tied(model), [], variants()[config.variant]
     for name in targets:
         module, rank, (out, inp) = modules[name], config.rank_of(name), shape_of(modules[name])
@@ -275,7 +274,7 @@ def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig) -> 
             raise ValueError(f"target_modules: the regular expression {wanted!r} matches no whole name of a module "
                              f"that can be adapted; {suggest(wanted, kinds)}")
         return found
-    for entry in wanted:
+    for entry in dict.fromkeys(wanted):
         hits = [name for name in modules if entry_matches(entry, name)]
         if not hits:
             raise ValueError(f"target_modules: {entry!r} matches no module; {suggest(entry, kinds)}")
@@ -299,6 +298,7 @@ def suggest(wanted: str, names: Iterable[str]) -> str:
     """The names a mistyped one may have meant, as the end of an error message."""
     if not names:
         return "the model has no module that can be adapted"
+    wanted = wanted[:100]  # comparing takes the square of the length
     last = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     close = get_close_matches(wanted, [*last, *names], cutoff=0.5) or get_close_matches(wanted.lower(), last, 3, 0.3)
     return f"near it: {', '.join(close)}" if close else f"there are: {', '.join(last[:12])}"

@@ -230,6 +230,20 @@ def test_what_a_layer_keeps(name, method, dtype, expected):
     assert kept == expected(spec.hidden, spec.kv_heads * spec.head_dim, spec.ffn) + 4 * spec.heads + 1024 / 2048
 
 
+def test_a_lora_layer_makes_x_a_t_in_forward_and_again_in_backward():
+    """Too small for the peak, so they are counted: x A^T, its gradient and x A^T again, in the plan as in the trace."""
+    config = LlamaConfig(64, 64, 176, 2, 4, num_key_value_heads=2, max_position_embeddings=128)
+    run, thin = Training("lora", 7, ALL, seq=100), 100 * 7 * 2  # bytes, of no other tensor
+    ledger = simulate_step(ModelSpec.from_config(config.to_hf()), run, 2)
+    with fake():
+        step = training_step(config, run.method, run.rank, ALL, run.batch, run.seq)
+        step()
+    with trace() as t:
+        step()
+    born = sum(sign > 0 and block.bytes == thin for block, sign, *_ in t.events)
+    assert born == sum(item.bytes == -(-thin // 512) * 512 for item in ledger.items) == 3 * 2 * 7
+
+
 def test_autocast_s_trap():
     """It caches casts of what trains alone: a frozen fp32 weight costs 6 bytes a parameter, its uncached cast kept."""
     spec = ModelSpec.preset("llama-2-7b")
