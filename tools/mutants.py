@@ -123,7 +123,7 @@ MUTANTS = [
            "for i, block in enumerate(self.layers[:-1]):"),
     Mutant("RoPE's exponent is half of what it is", "llama.py", "freq = 1.0 / config.rope_theta ** half",
            "freq = 1.0 / config.rope_theta ** (half / 2)"),
-    Mutant("a, the word, begins a code when it is decoded", "helpdesk/tokenizer.py", "[b-hj-z])$", "[a-hj-z])$"),
+    Mutant("a, the word, begins a code when it is decoded", "helpdesk/tokens.py", "[b-hj-z])$", "[a-hj-z])$"),
     Mutant("x A^T is not made again in the plan's backward", "memory/linears.py",
            'again = ops.new(rows * rank, width, "x A^T again")', "again = None"),
     Mutant("the loss counts the prompt too", "helpdesk/tasks.py", "[IGNORE] * (len(head) - 1) + tail", "head[1:] + tail"),
