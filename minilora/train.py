@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 from . import distributed
 from .config import is_number, require
 from .helpdesk import IGNORE, check_name, endless_batches, evaluate, load_task, tokenizer
+from .injection import without_gradient
 from .llama import Llama, LlamaConfig
 from .shipped import written
 
@@ -67,7 +69,8 @@ def masked_cross_entropy(model: nn.Module, ids: Tensor, targets: Tensor, counted
     """
     if hasattr(model, "chunked_loss"):  # a streamed decoder's, which never has all logits at once
         return model.chunked_loss(ids, targets, counted)
-    logits, targets = model(ids).flatten(0, 1), targets.flatten()  # (B T, V), (B T,)
+    out = model(ids)
+    logits, targets = getattr(out, "logits", out).flatten(0, 1), targets.flatten()  # (B T, V), (B T,)
     if counted is None:
         return F.cross_entropy(logits, targets, ignore_index=IGNORE)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / counted
@@ -173,6 +176,9 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
                     part = masked_cross_entropy(net, *rows, counted)
                     (part * processes).backward()  # gradients are averaged over the processes
                     loss = loss + part.detach()
+            if step == starts[0] and rank == 0 and (dead := without_gradient(net)):
+                warnings.warn(f"no gradient reaches the adapters at {', '.join(dead[:5])}{', ...' * (len(dead) > 5)}: they "
+                              "will stay as they started", stacklevel=2)
             loss = distributed.gathered(loss).sum()
             norm = distributed.full_tensor(nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip))
             if not (loss.isfinite() and norm.isfinite()):
