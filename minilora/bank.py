@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .adapters import insert_adapter, read_adapter
 from .config import is_number, require, variants
 from .injection import lora_layers, need_whole, put_back, remove, unwrap, wrap
-from .layers import AdapterLayer, LoRALayer, Wrapper, kind_of, widest
+from .bases import kind_of, widest
+from .layers import AdapterLayer, LoRALayer, Wrapper
 from .spectrum import product_svd
 from .tables import table
 

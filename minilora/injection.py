@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from .config import ALL_LINEAR, LoRAConfig, entry_matches, pattern_matches, scaling, variants
-from .layers import AdapterLayer, LoRALayer, adapter_options, execution_device, kind_of, quantised, shape_of, why_not, words
+from .bases import adapter_options, execution_device, kind_of, quantised, shape_of, why_not, words
+from .layers import AdapterLayer, LoRALayer
 from .naming import bare, plain_modules, suggest
 from .tables import table
 

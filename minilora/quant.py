@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .config import ALL_LINEAR, LoRAConfig
 from .injection import choose, inside_torch, replace, tied
-from .layers import LoRALayer, dense_weight, kind_of, no_view, quantised, shape_of
+from .bases import dense_weight, kind_of, quantised, shape_of
+from .layers import LoRALayer, no_view
 
 BLOCK, ABSMAX_BLOCK = 64, 256  # weights that share an absmax; absmax that share a scale
 FP8 = torch.float8_e4m3fn

@@ -17,7 +17,8 @@ from minilora import (AdapterBank, LoRAConfig, fingerprint, inject, load_adapter
                       report, save_adapter, unmerge)
 from minilora.adapters import WEIGHTS
 from minilora.injection import lora_layers
-from minilora.layers import LoRALayer, kind_of
+from minilora.bases import kind_of
+from minilora.layers import LoRALayer
 from minilora.quant import Linear4bit
 from minilora.train import train
 

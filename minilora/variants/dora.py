@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..layers import LoRALayer, dense_weight, quantised, widest
+from ..bases import dense_weight, quantised, widest
+from ..layers import LoRALayer
 
 
 class DoRA(LoRALayer):

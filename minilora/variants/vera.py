@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoRAConfig, require
-from ..layers import LoRALayer, shape_of
+from ..bases import shape_of
+from ..layers import LoRALayer
 
 D_START = 0.1  # where d starts; b starts at zero (table 6)
 
