@@ -1,11 +1,14 @@
 """What to adapt and how loudly: the one place that knows scaling and how a name matches a target."""
 
 import math
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
+
+from .patterns import PatternTable
+from .tables import plain, quoted
 
 ALL_LINEAR = "all-linear"
 VARIANTS: dict[str, type] = {}  # name -> class of the layer; every class enters itself (see layers.LoRALayer)
@@ -69,11 +72,23 @@ class LoRAConfig:
             require(self.init in named, f"init must be 'kaiming' or {' or '.join(map(repr, sorted(named)))}", self.init)
             named[self.init].check(self)
             require(not self.use_dora, f"init={self.init!r} and DoRA are two variants: use_dora must be False", True)
-        for pattern in [targets] * isinstance(targets, str) + [ending(key) for p in patterns for key in p]:
-            try:
-                re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as e:
-                raise ValueError(f"{pattern!r} is not a regular expression: {e}") from None
+        self.target_table, self.rank_table, self.alpha_table  # noqa: B018 - so that a wrong pattern is told now
+
+    @cached_property
+    def target_table(self) -> PatternTable[bool]:
+        return PatternTable({self.target_modules: True} if isinstance(self.target_modules, str) else {})
+
+    @cached_property
+    def target_names(self) -> frozenset[str]:
+        return frozenset(() if isinstance(self.target_modules, str) else self.target_modules)
+
+    @cached_property
+    def rank_table(self) -> PatternTable[int]:
+        return PatternTable(self.rank_pattern, ending)
+
+    @cached_property
+    def alpha_table(self) -> PatternTable[float]:
+        return PatternTable(self.alpha_pattern, ending)
 
     @property
     def variant(self) -> str:
@@ -83,16 +98,16 @@ class LoRAConfig:
     def matches(self, name: str) -> bool:
         """Whether the module called `name` is a target ("all-linear" is decided by the module's kind, not here)."""
         if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, name) is not None
-        return any(entry_matches(entry, name) for entry in self.target_modules)
+            return self.target_table.get(name, False)
+        return not self.target_names.isdisjoint(ends(name))
 
     def rank_of(self, name: str) -> int:
         """The rank of module `name`: its pattern's, else `rank`."""
-        return next((rank for key, rank in self.rank_pattern.items() if pattern_matches(key, name)), self.rank)
+        return self.rank_table.get(name, self.rank)
 
     def alpha_of(self, name: str) -> float:
         """The alpha of module `name`: its pattern's, else `alpha`."""
-        return next((alpha for key, alpha in self.alpha_pattern.items() if pattern_matches(key, name)), self.alpha)
+        return self.alpha_table.get(name, self.alpha)
 
     def scaling_of(self, name: str) -> float:
         """What multiplies ``B @ A`` in module `name`."""
@@ -115,12 +130,14 @@ def entry_matches(entry: str, name: str) -> bool:
     return name == entry or name.endswith("." + entry)
 
 
-def pattern_matches(pattern: str, name: str) -> bool:
-    """A pattern's key matches the whole name or its end after a dot, as a regular expression."""
-    return re.fullmatch(ending(pattern), name) is not None
+def ends(name: str) -> list[str]:
+    """The name and what follows each of its dots: what a list entry may be to match it."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def ending(pattern: str) -> str:
+    """A pattern's key matches the whole name or its end after a dot, as a regular expression."""
     return rf"(.*\.)?({pattern})"
 
 
@@ -131,4 +148,4 @@ def is_number(x) -> bool:
 
 def require(ok, what: str, got) -> None:
     if not ok:
-        raise ValueError(f"{what}, got {got!r}")
+        raise ValueError(f"{plain(what)}, got {quoted(got)}")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .config import ALL_LINEAR, LoRAConfig, entry_matches, pattern_matches, scaling, variants
 from .bases import adapter_options, execution_device, kind_of, quantised, shape_of, why_not, words
+from .config import ALL_LINEAR, LoRAConfig, entry_matches, scaling, variants
 from .layers import AdapterLayer, LoRALayer
 from .naming import bare, plain_modules, suggest
-from .tables import table
+from .tables import quoted, table
 
 
 @dataclass(frozen=True)
@@ -285,10 +285,9 @@ def planned(model: nn.Module, config: LoRAConfig, any_rank: bool = False,
     kinds = {name: kind for name, module in modules.items()
              if name and not inside_torch(modules, name) and (kind := kind_of(module))}
     targets = choose(model, modules, kinds, config, notes)
-    for what, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for key in patterns:
-            if not any(pattern_matches(key, name) for name in targets):
-                raise ValueError(f"{what} key {key!r} matches none of the targets; {suggest(key, targets)}")
+    for what, patterns in (("rank_pattern", config.rank_table), ("alpha_pattern", config.alpha_table)):
+        for key in patterns.unused(targets):
+            raise ValueError(f"{what} key {quoted(key)} matches none of the targets; {suggest(key, targets)}")
     ties, rows, layer = tied(model), [], variants()[config.variant]
     away = [name for name in targets if any(p.is_meta for p in modules[name].parameters())
             and execution_device(modules[name]) is None]
@@ -324,7 +323,7 @@ def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig, not
     elif isinstance(wanted, str):
         meant = [name for name, m in modules.items() if config.matches(name) and (name in kinds or m._parameters)]
     else:
-        for entry in wanted:
+        for entry in dict.fromkeys(wanted):
             if not any(entry_matches(entry, name) for name in modules):
                 raise ValueError(f"target_modules: {entry!r} matches no module; {suggest(entry, kinds)}")
         meant = [name for name in modules if config.matches(name)]

@@ -55,6 +55,7 @@ def suggest(wanted: str, names: Iterable[str]) -> str:
     """The names a mistyped one may have meant, as the end of an error message."""
     if not names:
         return "the model has no module that can be adapted"
+    wanted = wanted[:100]  # comparing takes the square of the length
     last = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     close = get_close_matches(wanted, [*last, *names], cutoff=0.5) or get_close_matches(wanted.lower(), last, 3, 0.3)
     return f"near it: {', '.join(close)}" if close else f"there are: {', '.join(last[:12])}"

@@ -86,7 +86,7 @@ def test_gradcheck(base, dropout):
         return LoRAFunction.apply(x, A, B, layer.base_layer, layer.scaling, dropout)
 
     x = torch.randn(2, 4, 12, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(f, (x, layer.lora_A, layer.lora_B))
+    assert torch.autograd.gradcheck(f, (x, layer.lora_A, layer.lora_B), nondet_tol=1e-13)  # a rounding of fp64
 
 
 @pytest.mark.parametrize("asks", [(False, True, True), (True, False, True), (True, True, False), (True, False, False)])

@@ -121,6 +121,11 @@ MUTANTS = [
            "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
     Mutant("one layer too few", "llama.py", "for i, block in enumerate(self.layers):",
            "for i, block in enumerate(self.layers[:-1]):"),
+    Mutant("RoPE's exponent is half of what it is", "llama.py", "freq = 1.0 / config.rope_theta ** half",
+           "freq = 1.0 / config.rope_theta ** (half / 2)"),
+    Mutant("a, the word, begins a code when it is decoded", "helpdesk.py", "[b-hj-z])$", "[a-hj-z])$"),
+    Mutant("x A^T is not made again in the plan's backward", "memory/linears.py",
+           'again = ops.new(rows * rank, width, "x A^T again")', "again = None"),
     Mutant("the loss counts the prompt too", "helpdesk.py", "[IGNORE] * (len(head) - 1) + tail", "head[1:] + tail"),
     Mutant("gradients pile up over the steps", "train.py", "            opt.step()\n            opt.zero_grad()\n",
            "            opt.step()\n"),
@@ -163,7 +168,8 @@ def seen(copy: Path, *arguments: str) -> str:
 
 def unit(copy: Path, room: str) -> str:
     name = room.removesuffix(".py").replace("/", "_")
-    first = sorted(copy.glob(f"tests/test_{name}*.py")) or [copy / "tests" / "test_injection.py"]
+    folder = room.partition("/")[0].removesuffix(".py")
+    first = next(filter(None, (sorted(copy.glob(f"tests/test_{n}*.py")) for n in (name, folder, "injection"))))
     rest = sorted(p for p in copy.glob("tests/test_*.py") if p not in first
                   and p.name not in ("test_notebooks.py", "test_pages.py", "test_run_notebooks.py"))
     return seen(copy, *map(str, first)) or seen(copy, *map(str, rest))  # to collect all takes long
