@@ -204,6 +204,26 @@ def test_alone_nothing_is_sent():
     assert wire.take() == {}
 
 
+# The other verbs
+
+
+def test_every_verb_is_right_or_refused_on_a_model_that_is_shared_out(tmp_path):
+    done = torchrun(2, "verbs", tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "verbs.json").read_text())
+    assert len(found) == 6
+    for name, got in found.items():
+        assert got["losses"][-1] < got["losses"][0] and got["trainable"] > 0, name
+        assert got["loaded"] <= 1e-5 and got["moved"] > 1e-3 and got["removed"], name
+        if name.startswith("ddp"):
+            assert got["said"].pop("merged") <= 1e-5 and set(got["said"]) == {"bank"}, name  # it has an adapter
+            assert "has adapters already" in got["said"]["bank"], name
+        else:
+            assert set(got["said"]) == {"merge", "bank", "remove"}, name
+            for verb in ("merge", "remove"):
+                assert "shared out over several processes" in got["said"][verb], name
+
+
 # Bad input, and bad luck
 
 

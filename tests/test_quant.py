@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from minilora import (LoRAConfig, LoRALayer, inject, load_adapter, lora_parameters, merge, plots, quant, remove,
                       report, save_adapter)
 from minilora.experiments import in_few_bits
-from minilora.layers import kind_of
+from minilora.bases import kind_of
 from minilora.llama import Llama, LlamaConfig
 from minilora.quant import (FP8, LEVELS, Linear4bit, QuantisedTensor, dequantise, dequantise_absmax, nf4_levels,
                             quantisation_error, quantise, quantise_model, unpack)
