@@ -6,11 +6,13 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 
+from .tables import plain
+
 # command -> the room that has the function of the same name and "_command", and what it does
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("adapter_tools", "what is inside an adapter: rank, norm, spectrum of every module"),
-    "truncate": ("adapter_tools", "write an adapter again at a smaller rank, as near as that rank allows"),
-    "extract": ("adapter_tools", "write the adapter nearest to the difference of two checkpoints"),
+    "truncate": ("extract", "write an adapter again at a smaller rank, as near as that rank allows"),
+    "extract": ("extract", "write the adapter nearest to the difference of two checkpoints"),
     "memory": ("memory.account", "what a training step of a model needs, to the byte, and when"),
     "fit": ("memory.fit", "whether a training step fits which cards, and what to change so that it does"),
     "claims": ("memory.claims", "what papers say of memory, reproduced or not, with the arithmetic"),
@@ -48,7 +50,7 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:  # whoever reads, `head` say, has had enough; nor may the flush at exit complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print(f"minilora {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(plain(f"minilora {name}: {' '.join(str(error).split())}"), file=sys.stderr)
         return 2
     return 0
 
