@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .adapters import CONFIG, PREFIX, WEIGHTS, AdapterFile, keys_of, read_adapter
-from .config import LoRAConfig
+from .config import LoRAConfig, variants
+from .layers import LoRALayer
 from .spectrum import effective_rank, energy, frobenius, product_svdvals, rank_for_energy, stable_rank
 from .tables import plain, quoted, table
 
@@ -53,9 +54,9 @@ def parts_of(adapter: AdapterFile) -> tuple[list[Part], dict[str, Tensor]]:
     """
     rest, parts, config = dict(adapter.tensors), [], adapter.config
     for kind in ("linear", "embedding"):
-        end = keys_of("", kind, False)["lora_A"].removeprefix(PREFIX)
+        end = keys_of("", kind)["lora_A"].removeprefix(PREFIX)
         for name in [key[len(PREFIX):-len(end)] for key in rest if key.startswith(PREFIX) and key.endswith(end)]:
-            keys = keys_of(name, kind, config.use_dora)
+            keys = keys_of(name, kind, variants()[config.variant])
             if missing := [key for key in keys.values() if key not in rest]:
                 raise ValueError(f"the adapter in {adapter.folder} lacks {some(missing)}")
             A, B, *magnitude = (rest.pop(key) for key in keys.values())
@@ -71,7 +72,7 @@ def parts_of(adapter: AdapterFile) -> tuple[list[Part], dict[str, Tensor]]:
                          "or lacks its partner")
     if not parts:
         raise ValueError(f"the adapter in {adapter.folder} holds no LoRA factors: expected keys such as "
-                         f"{keys_of('MODULE', 'linear', False)['lora_A']}")
+                         f"{keys_of('MODULE', 'linear')['lora_A']}")
     return sorted(parts, key=lambda part: in_layer_order(part.name)), rest
 
 
@@ -214,7 +215,7 @@ def inspect_adapter(folder: str | os.PathLike) -> AdapterSpectrum:
     Raises:
         ValueError: as `read_adapter` and `parts_of`.
     """
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, only=(LoRALayer.peft_type,))
     parts, others = parts_of(adapter)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for p in parts for t in (p.A, p.B)})
     return AdapterSpectrum(adapter.folder, (adapter.folder / WEIGHTS).stat().st_size, tuple(dtypes), adapter.base,

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .adapter_tools import in_layer_order, last, named, parts_of, percent, some
 from .adapters import CONFIG, WEIGHTS, keys_of, peft_config, read_adapter, write_adapter
 from .config import LoRAConfig, entry_matches
+from .layers import LoRALayer
 from .spectrum import LowRank, extract_lora, truncate
 from .tables import plain, table
 
@@ -75,7 +76,7 @@ def truncate_adapter(folder: str | os.PathLike, out: str | os.PathLike, *, rank:
     Raises:
         ValueError: as `inspect_adapter`, a rank above every module's, or an `out` that holds an adapter already.
     """
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, only=(LoRALayer.peft_type,))
     parts, _ = parts_of(adapter)
     most = max(len(p.A) for p in parts)
     if rank is not None and rank > most:
@@ -158,7 +159,7 @@ def rank_settings(modules: dict[str, LowRank]) -> dict:
 def tensors_of(modules: dict[str, tuple[str, LowRank]]) -> dict[str, Tensor]:
     """PEFT's keys and the factors, for kind and factors by module."""
     return {key: {"lora_A": m.A, "lora_B": m.B}[own].cpu().contiguous()
-            for name, (kind, m) in modules.items() for own, key in keys_of(name, kind, False).items()}
+            for name, (kind, m) in modules.items() for own, key in keys_of(name, kind).items()}
 
 
 # Checkpoints

@@ -116,7 +116,7 @@ class Store:
 
     @classmethod
     def hollow(cls, config: LlamaConfig, quantise: str | None = None, dtype: torch.dtype = torch.bfloat16) -> "Store":
-        """Shapes alone, every tensor one number seen many times over: to trace a step inside `memory.trace.fake()`."""
+        """Shapes alone, every tensor one number seen many times over: to trace a step inside `memory.fake()`."""
         shards = shards_of(skeleton(config, quantise, dtype)).values()
         return cls(config, quantise, dtype, {name: torch.zeros(1, dtype=t.dtype).expand(t.shape)
                                              for shard in shards for name, t in shard.items()})

@@ -58,7 +58,7 @@ def adapter_of(spectra: dict[str, list[float]], folder: Path, rank: int, seed: i
     torch.manual_seed(seed)
     tensors = {}
     for name, S in spectra.items():
-        keys, S = keys_of(name, "linear", False), torch.tensor(S + [0.0] * (rank - len(S)))
+        keys, S = keys_of(name, "linear"), torch.tensor(S + [0.0] * (rank - len(S)))
         U, V = (torch.linalg.qr(torch.randn(100, rank))[0] for _ in range(2))
         tensors |= {keys["lora_A"]: V.T.contiguous(), keys["lora_B"]: (U * S).contiguous()}
     config = LoRAConfig(rank, settings.pop("alpha", rank), tuple({n.rpartition(".")[2] for n in spectra}), **settings)
@@ -184,9 +184,9 @@ def test_a_deep_model_takes_a_moment(tmp_path):
     """882 modules, of two shapes and three scalings; each figure is that of the module looked at alone."""
     names, tensors = [f"layers.{i}.{end}" for i in range(126) for end in "abcdefg"], {}
     for name in names:
-        keys, width = keys_of(name, "linear", False), 9 if name.endswith("g") else 12
+        keys, width = keys_of(name, "linear"), 9 if name.endswith("g") else 12
         tensors |= {keys["lora_A"]: torch.randn(4, width), keys["lora_B"]: torch.randn(10, 4)}
-    tensors[keys_of(names[5], "linear", False)["lora_B"]].zero_()
+    tensors[keys_of(names[5], "linear")["lora_B"]].zero_()
     alphas = {"a": 3, r"layers\.1\d\.b": 5}
     write_adapter(tmp_path, tensors, peft_config(LoRAConfig(4, target_modules=tuple("abcdefg"), alpha_pattern=alphas)))
     start = time.process_time()
@@ -195,7 +195,7 @@ def test_a_deep_model_takes_a_moment(tmp_path):
     assert time.process_time() - start < 5  # it took 45 s when each row asked for all the norms
     assert [m.name for m in report.modules] == names and report.modules[5].norm == 0 and report.modules[5].dead == 4
     for m in report.modules[::50]:
-        A, B = (tensors[keys_of(m.name, "linear", False)[own]] for own in ("lora_A", "lora_B"))
+        A, B = (tensors[keys_of(m.name, "linear")[own]] for own in ("lora_A", "lora_B"))
         S = product_svdvals(B, A, m.scaling)
         assert far(m.S, S) <= 1e-6 * S[0] and m.norm == pytest.approx(frobenius(S), rel=1e-6)
         assert (m.stable_rank, m.effective_rank) == pytest.approx((stable_rank(S), effective_rank(S)), rel=1e-5)
@@ -209,11 +209,11 @@ HOSTILE = "up\x1b[2J\n\u202eevil\x07" + "x" * 100_000
 
 def test_names_of_strangers_are_escaped_and_cut(tmp_path, capsys):
     """Escape codes clear a terminal, a mark turns the direction of reading, a name of a megabyte hides all else."""
-    keys = keys_of(HOSTILE, "linear", False)
+    keys = keys_of(HOSTILE, "linear")
     tensors = {keys["lora_A"]: torch.randn(4, 9), keys["lora_B"]: torch.randn(7, 4), "more\x1b[0m": torch.ones(1)}
     for i in range(4):
         tensors |= {key: torch.ones(4, 9) * 1e-9 if own == "lora_A" else torch.randn(7, 4)
-                    for own, key in keys_of(f"\x9b{i}.{HOSTILE}", "linear", False).items()}
+                    for own, key in keys_of(f"\x9b{i}.{HOSTILE}", "linear").items()}
     write_adapter(tmp_path / "a", tensors, peft_config(LoRAConfig(4, target_modules=("x",))), "base\x1b[31m")
     (tmp_path / "a/\x1b[5m").write_text("")
     for arguments in (("inspect", tmp_path / "a", "--plot", tmp_path / "x.png"),
@@ -575,7 +575,7 @@ def test_wrong_commands_say_one_line_and_do_nothing(line, world, monkeypatch, ca
 
 
 def contradictions() -> dict:
-    A, B = (keys_of("up_proj", "linear", False)[own] for own in ("lora_A", "lora_B"))
+    A, B = (keys_of("up_proj", "linear")[own] for own in ("lora_A", "lora_B"))
     good = {A: torch.ones(4, 9), B: torch.ones(7, 4)}
     return {
         "no B": ({A: good[A]}, "lacks base_model.model.up_proj.lora_B.weight"),

@@ -8,8 +8,8 @@ import pytest
 from minilora import plots
 from minilora.__main__ import main
 from minilora.memory import Card, ModelSpec, Training, estimate, fit
-from minilora.memory.account import timeline
-from minilora.memory.fit import CLOSE, FITS, NOT, Verdict, fewest_cards, judge, largest
+from minilora.memory.bill import timeline
+from minilora.memory.fitting import CLOSE, FITS, NOT, Verdict, fewest_cards, judge, largest
 
 SPEC, RUN = ModelSpec.preset("llama-3.2-1b"), Training(target_modules="all-linear", rank=8, seq=1024)
 GIB = 2**30

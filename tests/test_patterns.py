@@ -91,7 +91,7 @@ HANGS = [r"(([a-z0-9_]+)\.?)+Z", r"((((a|b|.)*)*)*)*Z", r"(.*.*.*.*.*.*)*Z", r"(
 def test_no_pattern_hangs(pattern, tmp_path):
     """Python's own engine takes hours or for ever for most of these."""
     name, start = "model.layers.0.self_attn.q_proj", time.process_time()
-    keys = keys_of(name, "linear", False)
+    keys = keys_of(name, "linear")
     tensors = {keys["lora_A"]: torch.ones(4, 9), keys["lora_B"]: torch.ones(7, 4)}
     config = peft_config(LoRAConfig(4, target_modules=("q_proj",)))
     for setting in ({"rank_pattern": {pattern: 4}}, {"alpha_pattern": {pattern: 4}}, {"target_modules": pattern}):

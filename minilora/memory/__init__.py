@@ -1,33 +1,53 @@
 """What a fine-tune needs: derived from the shapes (`estimate`), searched (`fit`), traced (`trace`), all to the byte.
 
-Only the trace imports torch, and only when it is used.
+The walk of an estimate, `estimate(ModelSpec.preset("llama-3-8b"), Training(method="qlora"))`:
+
+1. `run.Training` checks what is asked, against the registries `optimizers.OPTIMIZERS` and `stacks.STACKS`.
+2. `models.ModelSpec` is the shape: read from a config.json, or from `presets`, by the model's `Family`. Families are
+   the files of `decoders/`; each is read when a model of it is first asked for.
+3. `simulate` plays the step on a ledger: the decoder of that family (`decoders/`, with `linears` and `activations`)
+   makes its weights and its forward, `ledger` runs the graph back, the optimizer's entry plays its step. `ledger`
+   notes when each storage is born and dies; `ops` has torch's operators on it.
+4. `bill` plays four layers and five, follows the line through the two to the real number, finds the moment at which
+   most is held, and adds up what is held then by part and name. `costs` adds what moves.
+5. `fitting` puts a bill beside `cards`; `claims` puts it beside what papers say.
+
+The second instrument is apart from this: `traced_step` makes a real model and optimizer, `tracer` follows every storage
+of one real step on fake tensors, with CUDA's kernels (`cuda`) in the CPU's place. The two must agree to the byte.
+
+Who imports whom, each only what stands to its left:
+
+    config_file, stacks, presets, packages, ledger < ops < activations, optimizers < models < run < costs, linears
+        < decoders/ < simulate < bill < fitting, claims < cli      (cards < fitting; optimizers, run < traced_step)
+
+Only `tracer`, `cuda` and `traced_step` import torch, and only when they are used.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING
 
-_HOME = {"models": ("ModelSpec",), "cards": ("Card",), "account": ("Training", "estimate"), "fit": ("fit",),
-         "trace": ("trace", "fake", "measure"), "step": ("training_step",)}
-_ROOM = {name: room for room, names in _HOME.items() for name in names}
-__all__ = sorted(_ROOM)
+if TYPE_CHECKING:  # so that a type checker sees what these names are
+    from .bill import estimate as estimate
+    from .cards import Card as Card
+    from .fitting import fit as fit
+    from .models import ModelSpec as ModelSpec
+    from .run import Serving as Serving
+    from .run import Training as Training
+    from .traced_step import training_step as training_step
+    from .tracer import fake as fake
+    from .tracer import measure as measure
+    from .tracer import trace as trace
 
-
-class _Package(ModuleType):
-    """A room may bear the name of its function: importing it leaves that name to the function."""
-
-    def __setattr__(self, name: str, value):
-        if not (name in _ROOM and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+# public name -> the module that has it; none is called like a name in here
+_HOME = {"ModelSpec": "models", "Card": "cards", "Training": "run", "Serving": "run", "estimate": "bill",
+         "fit": "fitting", "trace": "tracer", "fake": "tracer", "measure": "tracer", "training_step": "traced_step"}
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):
-    if name not in _ROOM:
+    if name not in _HOME:
         raise AttributeError(f"module 'minilora.memory' has no attribute {name!r}")
-    return getattr(import_module(f"minilora.memory.{_ROOM[name]}"), name)
+    return getattr(import_module(f"minilora.memory.{_HOME[name]}"), name)
 
 
 def __dir__():

@@ -3,11 +3,9 @@
 They differ by up to a tenth, which decides many a close case, so they are kept apart.
 """
 
-import json
 from dataclasses import dataclass
 
-from ..tables import bytes_text, table
-from .models import suggest
+from .config_file import suggest
 
 GIB, MIB = 2**30, 2**20
 # what CUDA takes for itself before the first tensor: kernels, streams, libraries (0.15 to 1.4 GB, by card and version)
@@ -80,17 +78,3 @@ CARDS = {c.name: c for c in (
     card("b200", 192, None, 5, 2250),
     card("mi300x", 192, None, 5, 1307),
 )}
-
-
-def cards_command(parser, arguments: list[str]) -> None:
-    parser.add_argument("--json", action="store_true", help="for programs")
-    options = parser.parse_args(arguments)
-    if options.json:
-        print(json.dumps({name: c.to_dict() for name, c in CARDS.items()}, indent=2))
-        return
-    rows = [(c.name, bytes_text(c.nominal), bytes_text(c.reported) if c.reported else "unknown",
-             f"{bytes_text(c.usable[0])} to {bytes_text(c.usable[1])}", f"{c.bus / 1e9:.1f} GB/s",
-             f"{c.flops / 1e12:,.0f} TFLOP/s")
-            for c in CARDS.values()]
-    print(table(("card", "nominal", "driver reports", "usable", "bus", "16-bit"), rows))
-    print("usable: what the driver reports (93% to 100% of nominal where unknown) less 0.15 to 1.4 GB for CUDA")

@@ -1,12 +1,12 @@
 """What papers say of memory, each claim put to our arithmetic: reproduced, or not, and why."""
 
-import json
-import textwrap
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 
-from .account import Training, estimate, four_bit_bytes
+from .bill import estimate
+from .costs import four_bit_bytes
 from .models import ModelSpec
+from .run import Training
 
 GB, MIB, GIB, TB = 1e9, 2**20, 2**30, 1e12
 QV = ("q_proj", "v_proj")
@@ -90,14 +90,3 @@ def claims() -> tuple[Claim, ...]:
 def judge(ours: float, theirs: float, within: float = 0.05) -> str:
     """Reproduced if the two differ by at most 5%."""
     return REPRODUCED if abs(ours / theirs - 1) <= within else NOT
-
-
-def claims_command(parser, arguments: list[str]) -> None:
-    parser.add_argument("--json", action="store_true", help="for programs")
-    if parser.parse_args(arguments).json:
-        print(json.dumps([asdict(claim) for claim in claims()], indent=2))
-        return
-    for c in claims():
-        print(f"{c.verdict}: {c.source}", *(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  ")
-                                            for text in (c.says, c.ours)), sep="\n", end="\n\n")
-    print(f"{sum(c.verdict == REPRODUCED for c in claims())} of {len(claims())} reproduced")

@@ -1,86 +1,168 @@
 """The shape of a decoder, from which every byte of the bill follows: read from a ``config.json``, or a preset.
 
-A family is the list of names under which Hugging Face keeps a decoder's matrices. With the sizes it gives every
-matrix, so the exact parameter total, and what an adapter on any of them costs.
+A `Family` knows under which names Hugging Face keeps a decoder's matrices and how its config.json is read. With the
+sizes (`ModelSpec`) it gives every matrix, so the exact parameter total, and what an adapter on any of them costs.
 """
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from ..config import ALL_LINEAR, LoRAConfig, is_number
-from ..tables import table
+from ..config import ALL_LINEAR, LoRAConfig
+from .activations import ACTIVATIONS
+from .config_file import Fields, read_config, suggest
+from .presets import CONFIGS
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
-class Family:
-    """Where a Hugging Face architecture keeps its matrices, and what it does that others do not."""
+class Linear:
+    """One matrix of a layer; its weight is seen as (out, in).
 
+    flat: its input has two dimensions, (tokens, in), so that torch needs no view of it.
+    """
+
+    name: str  # inside the layer
+    out: int
+    inp: int
+    bias: bool
+    flat: bool = False
+
+    @property
+    def parameters(self) -> int:
+        return self.out * (self.inp + self.bias)
+
+
+# ---------------------------------------------------------------- families
+
+
+class Family:
+    """A Hugging Face architecture: where it keeps its matrices, how its config.json is read, who plays its step.
+
+    A family is a subclass in a file of `decoders/`, registered by `@register`; it says what differs from this one.
+    """
+
+    model_type: str
+    decoder: type  # the `decoders.decoder.Decoder` of transformers' code
+    own_decoder: type | None = None  # and of ours, where `llama.Llama` can be this family
+
+    # where the matrices are
     layer: str  # what comes before a layer's number
     qkv: tuple[str, ...]  # three names, or one: fused
     out: str
     up: tuple[str, ...]  # two names (gate, up), or one: no gate, or both fused
     down: str
     targets: tuple[str, ...]  # what PEFT adapts when told nothing
-    gated: bool = False  # the MLP multiplies two projections
-    rms: bool = False  # RMSNorm, which has no bias; else LayerNorm
-    biased: bool = False  # every linear has a bias
-    qkv_bias: bool = False  # q, k and v have one even so
-    norms: int = 2  # in a layer
-    embedding_norm: bool = False
-    tied: bool = False  # unless config.json says otherwise
-    activation: str = "silu"
-    dropout: float = 0.0  # of what goes into the residual stream, unless config.json says otherwise
+
+    # what it does that others do not
+    gated = False  # the MLP multiplies two projections
+    rms = False  # RMSNorm, which has no bias; else LayerNorm
+    grouped = False  # it may have fewer key/value heads than heads, and says how wide a head is
+    biased = False  # every linear has a bias
+    qkv_bias = False  # q, k and v have one even so
+    norms = 2  # in a layer
+    embedding_norm = False
+    position_offset: int | None = None  # learned positions, the first in this row; None: it has no table of them
+
+    # in config.json: what sizes are called there, fields that others call otherwise, and what holds if it is silent
+    names: Mapping[str, str] = {}
+    widens: int | None = None  # the MLP's width in hidden sizes
+    tied = False
+    activation, activation_field = "silu", "hidden_act"
+    dropout, dropout_field = 0.0, "hidden_dropout"  # of what goes into the residual stream
+    attention_dropout, attention_dropout_field = 0.0, "attention_dropout"
+    attention_bias_field = mlp_bias_field = ""  # "": as `biased` says
+
+    def linears(self, spec: "ModelSpec") -> tuple[Linear, ...]:
+        """The matrices of one layer, in the order in which the layer uses them."""
+        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        outs = (q, kv, kv) if len(self.qkv) == 3 else (q + 2 * kv,)
+        ups = spec.ffn * (1 + (self.gated and len(self.up) == 1))
+        return (*(Linear(name, out, spec.hidden, spec.qkv_bias) for name, out in zip(self.qkv, outs)),
+                Linear(self.out, spec.hidden, q, spec.out_bias),
+                *(Linear(name, ups, spec.hidden, spec.mlp_bias) for name in self.up),
+                Linear(self.down, spec.hidden, spec.ffn, spec.mlp_bias))
+
+    def read(self, config: Fields) -> dict[str, Any]:
+        """A config.json as the sizes of a `ModelSpec`.
+
+        Raises:
+            ValueError: a field that is missing or makes no sense.
+        """
+        hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+        kv_heads = config.size("num_key_value_heads", heads) if self.grouped else heads
+        if "head_dim" not in config.config and hidden % heads:
+            raise ValueError(f"{config.name}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        if heads % kv_heads:
+            raise ValueError(f"{config.name}: num_attention_heads {heads} is no multiple of num_key_value_heads "
+                             f"{kv_heads}")
+        learned = self.position_offset is not None  # then the table has a row for each position
+        context = config.size("max_position_embeddings", None if learned else 0)
+        bias = config.flag(self.attention_bias_field, self.biased) if self.attention_bias_field else self.biased
+        return {
+            "layers": config.size("num_hidden_layers"), "hidden": hidden, "heads": heads, "kv_heads": kv_heads,
+            "head_dim": config.size("head_dim", hidden // heads) if self.grouped else hidden // heads,
+            "ffn": config.size("intermediate_size", self.widens and self.widens * hidden),
+            "vocab": config.size("vocab_size"), "context": context,
+            "tied": config.flag("tie_word_embeddings", self.tied),
+            "positions": context + config.size("position_offset", self.position_offset, 0) if learned else 0,
+            "qkv_bias": bias or self.qkv_bias, "out_bias": bias,
+            "mlp_bias": config.flag(self.mlp_bias_field, False) if self.mlp_bias_field else bias and self.biased,
+            "activation": config.word(self.activation_field, self.activation, tuple(ACTIVATIONS)),
+            "dropout": config.share(self.dropout_field, self.dropout),
+            "attention_dropout": config.share(self.attention_dropout_field, self.attention_dropout)}
 
 
-LLAMA = Family("model.layers.", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj",
-               ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", ("q_proj", "v_proj"), gated=True, rms=True)
-FAMILIES = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": replace(LLAMA, qkv_bias=True),
-    "gemma2": replace(LLAMA, norms=4, tied=True, activation="gelu_pytorch_tanh"),
-    "phi3": replace(LLAMA, qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",), targets=("qkv_proj",)),
-    "gpt2": Family("transformer.h.", ("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj", ("c_attn",),
-                   biased=True, tied=True, activation="gelu_new", dropout=0.1),
-    "opt": Family("model.decoder.layers.", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                  "self_attn.out_proj", ("fc1",), "fc2", ("q_proj", "v_proj"), biased=True, tied=True,
-                  activation="relu", dropout=0.1),
-    "bloom": Family("transformer.h.", ("self_attention.query_key_value",), "self_attention.dense",
-                    ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", ("query_key_value",), biased=True, tied=True,
-                    embedding_norm=True, activation="gelu_bloom"),
-}
+class Families(MutableMapping[str, Family]):
+    """model_type -> family: those in files of `decoders/`, each read when it is first asked for, and any set here."""
 
-# what a size is called in config.json, where it is not `hidden_size` and the like
-NAMES = {
-    "gpt2": {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-             "intermediate_size": "n_inner", "max_position_embeddings": "n_positions"},
-    "opt": {"intermediate_size": "ffn_dim"},
-    "bloom": {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "max_position_embeddings": "seq_length"},
-}
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-MOST = {"num_hidden_layers": 10_000}  # no model is deeper
-ACTIVATION_FIELD = {"gpt2": "activation_function", "opt": "activation_function", "gemma2": "hidden_activation",
-                    "bloom": "activation"}
-ACTIVATIONS = ("silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_bloom")
-OLD_NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "hidden_size": "n_embed",
-             "n_positions": "n_ctx"}
+    no_family = ("decoder", "hugging_face", "minilora")  # files that families share
+
+    def __init__(self):
+        self.read: dict[str, Family] = {}
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        found = (m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "decoders")]))
+        return tuple(name for name in found if name not in self.no_family)
+
+    def __getitem__(self, kind: str) -> Family:
+        if kind not in self.read and kind in self.files:
+            import_module(f"{__package__}.decoders.{kind}")  # it registers itself
+        return self.read[kind]
+
+    def __setitem__(self, kind: str, family: Family) -> None:
+        self.read[kind] = family
+
+    def __delitem__(self, kind: str) -> None:
+        del self.read[kind]
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self.read or kind in self.files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*self.files, *self.read)))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
-@dataclass(frozen=True)
-class Linear:
-    """One matrix of a layer; its weight is seen as (out, in)."""
+FAMILIES = Families()
 
-    name: str  # inside the layer
-    out: int
-    inp: int
-    bias: bool
 
-    @property
-    def parameters(self) -> int:
-        return self.out * (self.inp + self.bias)
+def register(family: type[Family]) -> type[Family]:
+    """Decorator: make a family known under its model_type."""
+    FAMILIES[family.model_type] = family()
+    return family
+
+
+# ---------------------------------------------------------------- shapes
 
 
 @dataclass(frozen=True)
@@ -129,13 +211,7 @@ class ModelSpec:
 
     def linears(self) -> tuple[Linear, ...]:
         """The matrices of one layer, in the order in which the layer uses them."""
-        f, q, kv = self.layout, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        outs = (q, kv, kv) if len(f.qkv) == 3 else (q + 2 * kv,)
-        ups = self.ffn * (1 + (f.gated and len(f.up) == 1))
-        return (*(Linear(name, out, self.hidden, self.qkv_bias) for name, out in zip(f.qkv, outs)),
-                Linear(f.out, self.hidden, q, self.out_bias),
-                *(Linear(name, ups, self.hidden, self.mlp_bias) for name in f.up),
-                Linear(f.down, self.hidden, self.ffn, self.mlp_bias))
+        return self.layout.linears(self)
 
     @property
     def norm_parameters(self) -> int:
@@ -214,79 +290,8 @@ class ModelSpec:
             raise ValueError(unknown_family(kind, config, name))
         if experts := next((field for field in EXPERTS if config.get(field)), None):
             raise ValueError(f"{name}: {experts} is {config[experts]!r}; layers of several experts are not priced")
-        f, names = FAMILIES[kind], NAMES.get(kind, {})
-
-        def size(field: str, default: int | None = None, least: int = 1) -> int:
-            key = names.get(field, field)
-            key = OLD_NAMES[key] if key not in config and OLD_NAMES.get(key) in config else key
-            value = config.get(key)
-            if value is None and default is not None:
-                return default
-            if key not in config:
-                raise ValueError(f"{name}: a {kind} config lacks {key}")
-            if type(value) is not int or not least <= value < MOST.get(field, 2**31):
-                raise ValueError(f"{name}: {key} must be a positive integer of a sensible size, got {value!r}")
-            return value
-
-        def flag(field: str, default: bool) -> bool:
-            value = config.get(field)
-            if value not in (True, False, None):
-                raise ValueError(f"{name}: {field} must be true or false, got {value!r}")
-            return default if value is None else bool(value)
-
-        def word(field: str, default: str, known: tuple[str, ...]) -> str:
-            value = config.get(field) or default
-            if value not in known:
-                raise ValueError(f"{name}: {field} {value!r} is not known; {suggest(str(value), known)}")
-            return value
-
-        def share(field: str, default: float) -> float:
-            value = default if config.get(field) is None else config[field]
-            if not is_number(value) or not 0 <= value < 1:
-                raise ValueError(f"{name}: {field} must be in [0, 1), got {value!r}")
-            return float(value)
-
-        hidden, heads = size("hidden_size"), size("num_attention_heads")
-        kv_heads = size("num_key_value_heads", heads) if f.rms else heads
-        if "head_dim" not in config and hidden % heads:
-            raise ValueError(f"{name}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
-        if heads % kv_heads:
-            raise ValueError(f"{name}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-        needs_context = kind in ("gpt2", "opt")  # their position tables have a row for each
-        context = size("max_position_embeddings", None if needs_context else 0)
-        attention_bias = flag("attention_bias", False) if kind in ("llama", "gemma2") else f.biased
-        if kind == "opt":
-            attention_bias = flag("enable_bias", True)
-        return cls(
-            name=str(config.get("_name_or_path") or name), family=kind, layers=size("num_hidden_layers"), hidden=hidden,
-            heads=heads, kv_heads=kv_heads, head_dim=size("head_dim", hidden // heads) if f.rms else hidden // heads,
-            ffn=size("intermediate_size", 4 * hidden if kind in ("gpt2", "bloom") else None),
-            vocab=size("vocab_size"), context=context, tied=flag("tie_word_embeddings", f.tied),
-            positions={"gpt2": context, "opt": context + 2}.get(kind, 0),  # OPT counts from row 2
-            qkv_bias=attention_bias or f.qkv_bias, out_bias=attention_bias,
-            mlp_bias=flag("mlp_bias", False) if kind == "llama" else attention_bias and f.biased,
-            activation=word(ACTIVATION_FIELD.get(kind, "hidden_act"), f.activation, ACTIVATIONS),
-            dropout=share({"gpt2": "resid_pdrop", "phi3": "resid_pdrop", "opt": "dropout"}.get(kind, "hidden_dropout"),
-                          f.dropout),
-            attention_dropout=share("attn_pdrop" if kind == "gpt2" else "attention_dropout",
-                                    0.1 if kind == "gpt2" else 0.0),
-            embedding=size("word_embed_proj_dim", hidden) if kind == "opt" else hidden,
-            last_norm=flag("do_layer_norm_before", True) and not flag("_remove_final_layer_norm", False)
-            if kind == "opt" else True)
-
-
-def read_config(path: Path) -> tuple[dict, str]:
-    """The JSON object in a folder's ``config.json``, or in a file, and a name for it."""
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"there is no {file}; expected a folder with a config.json, or the file itself")
-    try:
-        config = json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}, expected an object with fields")
-    return config, file.parent.name or file.name
+        sizes = FAMILIES[kind].read(Fields(config, name, kind, FAMILIES[kind].names))
+        return cls(name=str(config.get("_name_or_path") or name), family=kind, **sizes)
 
 
 def unknown_family(kind: object, config: Mapping, name: str) -> str:
@@ -302,72 +307,25 @@ def unknown_family(kind: object, config: Mapping, name: str) -> str:
     return f"{name} {what}; {suggest(str(kind), FAMILIES)}; {read}"
 
 
-def suggest(wanted: str, names: Iterable[str]) -> str:
-    """The names a mistyped one may have meant, for an error message."""
-    names = list(names)
-    wanted = wanted.lower()
-    close = list(dict.fromkeys([n for n in names if wanted in n] + get_close_matches(wanted, names, 3, 0.5)))[:3]
-    return f"near it: {', '.join(close)}" if close else f"there are: {', '.join(names)}"
+class Presets(Mapping[str, ModelSpec]):
+    """Name -> shape, read from `presets.CONFIGS` when it is first asked for."""
+
+    def __init__(self):
+        self.read: dict[str, ModelSpec] = {}
+
+    def __getitem__(self, name: str) -> ModelSpec:
+        if name not in self.read:
+            self.read[name] = ModelSpec.from_config(CONFIGS[name] | {"_name_or_path": name})
+        return self.read[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in CONFIGS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(CONFIGS)
+
+    def __len__(self) -> int:
+        return len(CONFIGS)
 
 
-def llama(name: str, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int, context: int,
-          tied: bool = False, family: str = "llama", head_dim: int = 0) -> ModelSpec:
-    return ModelSpec(name, family, layers, hidden, heads, kv_heads, head_dim or hidden // heads, ffn, vocab, context,
-                     tied, qkv_bias=family == "qwen2", activation=FAMILIES[family].activation)
-
-
-def gpt(name: str, layers: int, hidden: int, heads: int, vocab: int, context: int, family: str = "gpt2",
-        offset: int = 0, activation: str = "", dropout: float | None = None) -> ModelSpec:
-    positions = context + offset if family != "bloom" else 0
-    return ModelSpec(name, family, layers, hidden, heads, heads, hidden // heads, 4 * hidden, vocab, context, True,
-                     positions, True, True, True, activation or FAMILIES[family].activation,
-                     FAMILIES[family].dropout if dropout is None else dropout, 0.1 if family == "gpt2" else 0.0)
-
-
-PRESETS = {spec.name: spec for spec in (
-    gpt("gpt2", 12, 768, 12, 50257, 1024),
-    gpt("gpt2-medium", 24, 1024, 16, 50257, 1024),
-    gpt("gpt2-large", 36, 1280, 20, 50257, 1024),
-    gpt("gpt2-xl", 48, 1600, 25, 50257, 1024),
-    # never published as code: GPT-2's with q, k and v apart, as the LoRA paper speaks of it, under OPT's names
-    gpt("gpt3-175b", 96, 12288, 96, 50257, 2048, "opt", activation="gelu", dropout=0.0),
-    gpt("opt-6.7b", 32, 4096, 32, 50272, 2048, "opt", offset=2),
-    gpt("opt-175b", 96, 12288, 96, 50272, 2048, "opt", offset=2),
-    gpt("bloom-176b", 70, 14336, 112, 250880, 2048, "bloom"),
-    llama("llama-7b", 32, 4096, 32, 32, 11008, 32000, 2048),
-    llama("llama-2-7b", 32, 4096, 32, 32, 11008, 32000, 4096),
-    llama("llama-2-13b", 40, 5120, 40, 40, 13824, 32000, 4096),
-    llama("llama-2-70b", 80, 8192, 64, 8, 28672, 32000, 4096),
-    llama("llama-3-8b", 32, 4096, 32, 8, 14336, 128256, 8192),
-    llama("llama-3-70b", 80, 8192, 64, 8, 28672, 128256, 8192),
-    llama("llama-3.1-405b", 126, 16384, 128, 8, 53248, 128256, 131072),
-    llama("llama-3.2-1b", 16, 2048, 32, 8, 8192, 128256, 131072, tied=True),
-    llama("llama-3.2-3b", 28, 3072, 24, 8, 8192, 128256, 131072, tied=True),
-    llama("mistral-7b-v0.1", 32, 4096, 32, 8, 14336, 32000, 32768, family="mistral"),
-    llama("mistral-7b-v0.3", 32, 4096, 32, 8, 14336, 32768, 32768, family="mistral"),
-    llama("qwen2.5-0.5b", 24, 896, 14, 2, 4864, 151936, 32768, True, "qwen2"),
-    llama("qwen2.5-1.5b", 28, 1536, 12, 2, 8960, 151936, 131072, True, "qwen2"),
-    llama("qwen2.5-3b", 36, 2048, 16, 2, 11008, 151936, 32768, True, "qwen2"),
-    llama("qwen2.5-7b", 28, 3584, 28, 4, 18944, 152064, 131072, family="qwen2"),
-    llama("qwen2.5-14b", 48, 5120, 40, 8, 13824, 152064, 131072, family="qwen2"),
-    llama("qwen2.5-32b", 64, 5120, 40, 8, 27648, 152064, 131072, family="qwen2"),
-    llama("qwen2.5-72b", 80, 8192, 64, 8, 29568, 152064, 131072, family="qwen2"),
-    llama("gemma-2-2b", 26, 2304, 8, 4, 9216, 256000, 8192, True, "gemma2", 256),
-    llama("gemma-2-9b", 42, 3584, 16, 8, 14336, 256000, 8192, True, "gemma2", 256),
-    llama("gemma-2-27b", 46, 4608, 32, 16, 36864, 256000, 8192, True, "gemma2", 128),
-    llama("phi-3-mini", 32, 3072, 32, 32, 8192, 32064, 4096, family="phi3"),
-)}
-
-
-def models_command(parser, arguments: list[str]) -> None:
-    parser.add_argument("--json", action="store_true", help="for programs")
-    options = parser.parse_args(arguments)
-    columns = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context", "tied", "parameters")
-    rows = {name: {c: getattr(spec, c) for c in columns} for name, spec in PRESETS.items()}
-    if options.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        body = [(s.name, s.layers, s.hidden, f"{s.heads}/{s.kv_heads}", s.head_dim, s.ffn, s.vocab, s.context,
-                 "yes" if s.tied else "no", s.parameters) for s in PRESETS.values()]
-        print(table(("model", "layers", "hidden", "heads/kv", "head dim", "ffn", "vocab", "context", "tied",
-                     "parameters"), body))
+PRESETS = Presets()

@@ -16,7 +16,7 @@ import torch
 from minilora import LoRAConfig, inject, lora_parameters
 from minilora.llama import LlamaConfig
 from minilora.memory import ModelSpec, Training, estimate
-from minilora.memory.trace import fake, trace
+from minilora.memory.tracer import fake, trace
 from minilora.weight_store import Store
 from minilora.stream import StreamedLlama
 from minilora.train import masked_cross_entropy

@@ -25,7 +25,7 @@ import torch
 from minilora import LoRAConfig
 from minilora.llama import LlamaConfig
 from minilora.memory import ModelSpec, Training, estimate
-from minilora.memory.streamed import bytes_of, measure
+from minilora.stream_run import bytes_of, measure
 from minilora.weight_store import Store, build_store
 
 MIB, GIB = 2**20, 2**30

@@ -16,8 +16,8 @@ import resource
 import torch
 
 from minilora.llama import LlamaConfig
-from minilora.memory.step import training_step
-from minilora.memory.trace import fake, measure
+from minilora.memory.traced_step import training_step
+from minilora.memory.tracer import fake, measure
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -31,7 +31,7 @@ from minilora.config import ALL_LINEAR
 from minilora.llama import LlamaConfig
 from minilora.memory import Card, ModelSpec, Training, estimate, fake, measure, training_step
 from minilora.memory.cuda import CUBLAS_WORKSPACE
-from minilora.memory.fit import FITS, LARGEST, NOT, judge, largest
+from minilora.memory.fitting import FITS, LARGEST, NOT, judge, largest
 
 GOALS = {"requested": 0.01, "allocated": 0.02, "reserved": 0.05}  # of the trace
 ACCOUNT = 0.03  # of the closed form, of what is allocated

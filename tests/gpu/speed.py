@@ -27,9 +27,9 @@ from lora_step import measure as race
 from lora_step import step
 from minilora.llama import LlamaConfig
 from minilora.memory import fake, measure
-from minilora.memory.account import four_bit_bytes
+from minilora.memory.costs import four_bit_bytes
 from minilora.memory.models import ModelSpec
-from minilora.memory.streamed import config_of
+from minilora.stream_run import config_of
 from minilora.quant import dequantise, quantise, quantise_model
 from routing import interleaved
 from routing import measure as routed

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,14 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-import minilora.memory.step
 import minilora.quant
 from minilora.__main__ import main
 from minilora.llama import Cache, Llama, LlamaConfig
-from minilora.memory import ModelSpec, Training, estimate, fake, trace, training_step
-from minilora.memory.account import Serving, four_bit_bytes, held, live_bytes
+from minilora.memory import ModelSpec, Serving, Training, estimate, fake, trace, training_step
+from minilora.memory.bill import held, live_bytes
+from minilora.memory.costs import four_bit_bytes
 from minilora.memory.models import PRESETS
-from minilora.memory.play import play
+from minilora.memory.optimizers import OPTIMIZERS
+from minilora.memory.simulate import simulate_step
 from test_memory_models import transformers_config
 
 QV, ALL = ("q_proj", "v_proj"), "all-linear"
@@ -97,7 +97,8 @@ class Lion(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("method, tokens", [("full", 1), ("full", 24), ("lora", 1)])
 def test_lion_as_its_authors_wrote_it(method, tokens, monkeypatch):
-    monkeypatch.setitem(minilora.memory.step.OPTIMIZERS, "lion", lambda parameters, lr: Lion(parameters))
+    theirs = replace(OPTIMIZERS["lion"], make=lambda parameters, lr: Lion(parameters))
+    monkeypatch.setitem(OPTIMIZERS, "lion", theirs)
     config = LlamaConfig(300, 64, 176, 2, 4, num_key_value_heads=2, max_position_embeddings=64)
     run = Training(method, 8, ALL, seq=tokens, optimizer="lion")
     assert estimate(ModelSpec.from_config(config.to_hf()), run).peak == traced(config, run)
@@ -190,10 +191,10 @@ def test_following_the_line_is_playing_every_layer(options):
     """Peak and items of 23 layers, from four and five."""
     spec = replace(ModelSpec.preset("llama-3.2-1b"), layers=23)
     run = Training(**options)
-    bill, tape = estimate(spec, run), play(spec, run, 23)
-    live = live_bytes(tape)
+    bill, ledger = estimate(spec, run), simulate_step(spec, run, 23)
+    live = live_bytes(ledger)
     assert bill.peak == max(live)
-    items = held(tape, live.index(max(live)))
+    items = held(ledger, live.index(max(live)))
     assert {(row.part, row.name): (row.count, row.bytes) for row in bill.rows} == {
         key: sizes for key, sizes in items.items() if sizes[1]}
 
@@ -202,9 +203,9 @@ def saved_bytes(spec: ModelSpec, run: Training) -> int:
     """What a layer keeps for backward, a token, by the growth from four layers to five."""
     kept = []
     for layers in (4, 5):
-        tape = play(spec, run, layers)
-        loss = next(t for t, (_, _, what) in enumerate(tape.moments) if "log-softmax" in what)
-        kept.append(sum(item.bytes for item in tape.items if item.part == "activations"
+        ledger = simulate_step(spec, run, layers)
+        loss = next(t for t, (_, _, what) in enumerate(ledger.moments) if "log-softmax" in what)
+        kept.append(sum(item.bytes for item in ledger.items if item.part == "activations"
                         and item.born <= loss and (item.freed or loss + 1) > loss))
     return (kept[1] - kept[0]) / (run.batch * run.seq)
 
@@ -227,6 +228,20 @@ def test_what_a_layer_keeps(name, method, dtype, expected):
     spec = ModelSpec.preset(name)
     kept = saved_bytes(spec, Training(seq=2048, rank=16, dtype=dtype, **METHODS[method]))
     assert kept == expected(spec.hidden, spec.kv_heads * spec.head_dim, spec.ffn) + 4 * spec.heads + 1024 / 2048
+
+
+def test_a_lora_layer_makes_x_a_t_in_forward_and_again_in_backward():
+    """Too small for the peak, so they are counted: x A^T, its gradient and x A^T again, in the plan as in the trace."""
+    config = LlamaConfig(64, 64, 176, 2, 4, num_key_value_heads=2, max_position_embeddings=128)
+    run, thin = Training("lora", 7, ALL, seq=100), 100 * 7 * 2  # bytes, of no other tensor
+    ledger = simulate_step(ModelSpec.from_config(config.to_hf()), run, 2)
+    with fake():
+        step = training_step(config, run.method, run.rank, ALL, run.batch, run.seq)
+        step()
+    with trace() as t:
+        step()
+    born = sum(sign > 0 and block.bytes == thin for block, sign, *_ in t.events)
+    assert born == sum(item.bytes == -(-thin // 512) * 512 for item in ledger.items) == 3 * 2 * 7
 
 
 def test_autocast_s_trap():
@@ -324,17 +339,12 @@ def test_four_bit_bytes_are_what_quant_stores():
 
 
 def test_175b_is_answered_at_once_without_torch():
-    """A whole command in under 0.3 s of CPU, Python's start included; the best of five."""
+    """Some tens of small modules are all that is read: the import that would take seconds, torch's, is not there."""
     command = [sys.executable, "-X", "importtime", "-m", "minilora", "memory", "--model", "gpt3-175b", "--json"]
-    seconds = []
-    for _ in range(5):
-        start = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        end = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["peak"] > 350e9
     assert " torch" not in done.stderr and " numpy" not in done.stderr
-    assert min(seconds) < 0.3
+    assert done.stderr.count("import time:") < 200
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -18,8 +18,8 @@ from minilora.__main__ import main
 from minilora.llama import LlamaConfig
 from minilora.memory import trace
 from minilora.memory.cuda import MIB, CachingAllocator
-from minilora.memory.step import training_step
-from minilora.memory.trace import fake, measure
+from minilora.memory.traced_step import training_step
+from minilora.memory.tracer import fake, measure
 from small import MLP, SIZES
 
 OURS = LlamaConfig(num_key_value_heads=2, **SIZES)
@@ -450,7 +450,7 @@ def test_a_step_that_makes_no_sense_is_refused(options, says):
 
 
 def test_the_function_keeps_its_name_when_the_room_is_imported():
-    importlib.import_module("minilora.memory.trace")
+    importlib.import_module("minilora.memory.tracer")
     from minilora import memory
 
     assert memory.trace is trace and callable(memory.trace)

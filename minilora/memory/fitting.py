@@ -5,16 +5,17 @@ between blocks, kernels take scratch, CUDA takes some for itself. So a need is a
 (`Card.usable`), and where the two overlap the answer is "too close to call".
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 from ..tables import bytes_text, table
-from .account import Bill, Training, add_run_options, estimate, run_of, spec_of
+from .bill import Bill, estimate
 from .cards import CARDS, Card
+from .costs import flops
+from .ledger import WIDTH
 from .models import ModelSpec
-from .tape import WIDTH
+from .run import Training
 
 # reserved / allocated at the peak: 1.01 to 1.24 in traced steps (tests/bench/fragmentation.py, and GPT-2 XL whole)
 FRAGMENTATION = 1.25
@@ -131,8 +132,9 @@ def fit(spec: ModelSpec, run: Training, card: str | None = None) -> Fit:
 def judge(bill: Bill, card: Card | str) -> Verdict:
     """One bill against one card."""
     card = Card.of(card) if isinstance(card, str) else card
-    streamed = isinstance(bill.run, Training) and bill.run.streamed
-    seconds = (sum(bill.moved.values()) / card.bus, bill.run.flops(bill.spec) / card.flops) if streamed else ()
+    seconds = ()
+    if isinstance(bill.run, Training) and bill.run.streamed:
+        seconds = sum(bill.moved.values()) / card.bus, flops(bill.spec, bill.run) / card.flops
     return Verdict(card, need(bill), card.usable, *seconds)
 
 
@@ -213,11 +215,3 @@ CHANGES: dict[str, Callable[[Training], dict]] = {
     "stream the base from the host, layer by layer": lambda r: STREAMED if r.method != "full" else {},
     "stream a 4-bit base from the host": lambda r: STREAMED | {"method": "qlora"} if r.method != "qlora" else {},
 }
-
-
-def fit_command(parser, arguments: list[str]) -> None:
-    add_run_options(parser)
-    parser.add_argument("--card", help="one of those that `cards` lists; without it, all of them")
-    options = parser.parse_args(arguments)
-    found = fit(spec_of(options), run_of(options), options.card)
-    print(json.dumps(found.to_dict(), indent=2) if options.json else found)

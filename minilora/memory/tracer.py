@@ -5,7 +5,7 @@ passes through a dispatch mode, which sees each storage born and, through a weak
 would do otherwise on CUDA than on the CPU (cuda.py) is put in the CPU's place while the trace lasts.
 
     with fake():
-        step = training_step(LlamaConfig(...), method="lora")  # step.py's, or any model, optimizer and step of your own
+        step = training_step(LlamaConfig(...), method="lora")  # or any model, optimizer and step of your own
     t = measure(step)  # traces the second step: optimizers make their state in the first
     print(t)
 
@@ -35,8 +35,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..injection import table
 from ..layers import quantised
+from ..tables import table
 from .cuda import CUBLAS_WORKSPACE, CachingAllocator, follow_cuda, rounded
 
 aten = torch.ops.aten

@@ -1,5 +1,5 @@
 """A streamed run beside its plan: ``python -m minilora stream`` builds a store, trains a few steps under a hard budget
-of device memory, and says what was held, moved and waited for, next to what `account.estimate` said before.
+of device memory, and says what was held, moved and waited for, next to what `memory.estimate` said before.
 
 Device memory is CUDA's, or without CUDA the process's anonymous memory: what it wrote itself and no file backs. The
 page cache, which holds what was read of the store, is not in it: it is the system's, and gives way.
@@ -9,7 +9,6 @@ import ctypes
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,20 +19,22 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..adapters import save_adapter
-from ..config import ALL_LINEAR, LoRAConfig, require
-from ..injection import inject
-from ..llama import LlamaConfig, read_json
-from ..quant import LEVELS
-from ..weight_store import RECIPE, Source, Store, build_store
-from ..stream import StreamedLlama, Traffic
-from ..tables import bytes_text, table
-from ..train import train
-from .account import Bill, Training, estimate
-from .cards import Card
-from .fit import judge
-from .models import ModelSpec, suggest
-from .play import OURS
+from .adapters import save_adapter
+from .config import ALL_LINEAR, LoRAConfig, require
+from .injection import inject
+from .llama import LlamaConfig, read_json
+from .memory.bill import Bill, estimate
+from .memory.cards import Card
+from .memory.config_file import suggest
+from .memory.costs import flops
+from .memory.fitting import judge
+from .memory.models import FAMILIES, ModelSpec
+from .memory.run import Training
+from .quant import LEVELS
+from .weight_store import RECIPE, Source, Store, build_store
+from .stream import StreamedLlama, Traffic
+from .tables import bytes_text, table
+from .train import train
 
 M_MMAP_THRESHOLD = -3  # of mallopt
 UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -48,8 +49,10 @@ def config_of(name: str) -> LlamaConfig:
         ValueError: no such model, or one that our decoder is not.
     """
     spec = ModelSpec.preset(name)
-    gpt3, ours = name == "gpt3-175b", spec.family in OURS
-    require(gpt3 or ours, f"our decoder is no {name}: expected a model of {', '.join(OURS)}, or gpt3-175b", spec.family)
+    gpt3, ours = name == "gpt3-175b", spec.layout.own_decoder is not None
+    if not (gpt3 or ours):
+        known = ", ".join(kind for kind, family in FAMILIES.items() if family.own_decoder)
+        require(False, f"our decoder is no {name}: expected a model of {known}, or gpt3-175b", spec.family)
     return LlamaConfig(spec.vocab, spec.hidden, spec.ffn if ours else spec.hidden * 8 // 3, spec.layers, spec.heads,
                        spec.kv_heads, spec.head_dim, spec.context, attention_bias=ours and spec.qkv_bias,
                        attention_out_bias=ours and spec.out_bias, tie_word_embeddings=spec.tied)
@@ -63,6 +66,17 @@ def size_of(text: str) -> int:
 
 
 # ---------------------------------------------------------------- what a process holds
+
+
+def check_system(device: torch.device) -> None:
+    """What host memory a process takes is counted and limited as Linux does it; on CUDA torch does both.
+
+    Raises:
+        ValueError: the run is to take place in host memory, on another system.
+    """
+    if device.type != "cuda" and sys.platform != "linux":
+        raise ValueError(f"a run on the CPU is measured through Linux's /proc, which {sys.platform} does not have; "
+                         "expected --plan, or --device cuda")
 
 
 def bytes_of(what: str) -> int:
@@ -116,9 +130,13 @@ class Peak:
 def budget_of(device: torch.device, budget: int | None) -> Iterator[None]:
     """Inside it an allocation beyond the budget fails: CUDA's share of the card, else the process's own data
     (RLIMIT_DATA, which counts what is asked for, touched or not). The failure is one ValueError."""
-    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    on_card = device.type == "cuda"
+    if not on_card:
+        import resource  # Windows has none; `check_system` has said so
+
+        limits = resource.getrlimit(resource.RLIMIT_DATA)
     try:
-        if budget and device.type == "cuda":
+        if budget and on_card:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
         elif budget:
@@ -129,9 +147,10 @@ def budget_of(device: torch.device, budget: int | None) -> Iterator[None]:
             raise
         raise ValueError(f"the run did not fit into its budget of {bytes_text(budget)}: {e}") from None
     finally:
-        if budget and device.type == "cuda":
+        if budget and on_card:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
-        resource.setrlimit(resource.RLIMIT_DATA, limits)
+        if not on_card:
+            resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
 # ---------------------------------------------------------------- the run
@@ -224,6 +243,7 @@ def stream_command(parser, arguments: list[str]) -> None:
     if not o.json:
         print(f"{bill.spec.name}: {bill.spec.parameters:,} weights\n\nThe plan\n\n{bill}\n\n{verdict}\n", flush=True)
     if not o.plan:
+        check_system(device)
         if o.store:
             build_store(source, o.store, o.quantise, device=device, progress=not o.json and sys.stderr.isatty())
             store = Store.open(o.store, hold=base == "host")
@@ -243,7 +263,7 @@ def compared(bill: Bill, found: dict | None) -> dict:
         return {}
     weights = sum(size for what, size in bill.moved.items() if what != "saved inputs, away and back")
     return {"loss": found["loss"], "peak": {"plan": bill.peak, "measured": found["peak"]},
-            "moved": {"plan": weights, "measured": found["moved"]}, "flops": bill.run.flops(bill.spec),
+            "moved": {"plan": weights, "measured": found["moved"]}, "flops": flops(bill.spec, bill.run),
             "seconds": {name: found[name] for name in ("step", "copying", "waiting")}}
 
 

@@ -1,11 +1,10 @@
 """The standard training step to trace, of our decoder or of a Hugging Face architecture with PEFT."""
 
 import copy
-import json
-import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -17,16 +16,11 @@ from ..layers import dense_weight, kind_of
 from ..llama import Llama, LlamaConfig
 from ..quant import quantise_model  # here, not on fake tensors: its levels are computed when it is imported
 from ..train import masked_cross_entropy
-from .trace import fake, measure
+from .optimizers import OPTIMIZERS
+from .packages import require_package
+from .run import METHODS
 
-METHODS = ("full", "lora", "qlora")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9),
-    "adafactor": torch.optim.Adafactor,
-}
 
 
 def training_step(config, method: str = "lora", rank: int = 16, target_modules=ALL_LINEAR, batch: int = 1,
@@ -43,7 +37,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
             transformers': by bitsandbytes, which must be installed).
         rank, target_modules, dropout: LoRA's, as in `LoRAConfig`.
         batch, seq: rows, and tokens in each.
-        optimizer: "adamw", "sgd", "momentum" or "adafactor", as torch has them.
+        optimizer: a name in `optimizers.OPTIMIZERS`.
         dtype: of the weights; adapters are fp32, which is the default of both implementations.
         autocast: run the forward under bf16 autocast (mixed precision: with fp32 weights).
         checkpointing: recompute each layer in backward.
@@ -68,7 +62,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
     with torch.device(device):
         model, loss_of = make(config, lora, DTYPES[dtype], checkpointing, method == "qlora")
         ids, targets = (torch.randint(config.vocab_size, (batch, seq)) for _ in range(2))  # (B, T)
-    opt = OPTIMIZERS[optimizer]([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
+    opt = OPTIMIZERS[optimizer].make([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
 
     def step() -> None:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
@@ -91,7 +85,7 @@ def our_model(config: LlamaConfig, lora: LoRAConfig | None, dtype: torch.dtype, 
 
 
 def hugging_face_model(config, lora: LoRAConfig | None, dtype: torch.dtype, checkpointing: bool, four_bit: bool):
-    peft, transformers = need("peft"), need("transformers")
+    peft, transformers = require_hugging_face("peft"), require_hugging_face("transformers")
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"expected a LlamaConfig or the config of a causal language model of transformers', "
                          f"got a {type(config).__name__}")
@@ -111,7 +105,7 @@ def hugging_face_model(config, lora: LoRAConfig | None, dtype: torch.dtype, chec
 
 def bitsandbytes_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model as transformers loads it in 4 bits: NF4, double quantisation, every linear but the head."""
-    bnb = need("bitsandbytes")
+    bnb = require_hugging_face("bitsandbytes")
 
     class Linear4bit(bnb.nn.Linear4bit):
         """With a plain parameter: bitsandbytes' own cannot hold a fake tensor."""
@@ -135,42 +129,17 @@ def bitsandbytes_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def need(package: str):
+def require_hugging_face(package: str) -> Any:
     """The package, which minilora does without elsewhere."""
-    try:
-        return __import__(package)
-    except ImportError:
-        raise ValueError("tracing a Hugging Face architecture needs transformers and peft, for qlora bitsandbytes too, "
-                         f"and {package} is not installed: pip install {package}") from None
+    return require_package(package, "tracing a Hugging Face architecture needs transformers and peft, for qlora "
+                                    "bitsandbytes too")
 
 
-def trace_command(parser, arguments: list[str]) -> None:
-    """``python -m minilora trace --config FOLDER``: trace a step of the architecture in the folder's config.json."""
-    parser.add_argument("--config", type=Path, required=True, help="a Hugging Face config.json, or its folder")
-    parser.add_argument("--method", default="lora", help=" or ".join(METHODS))
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--targets", default=ALL_LINEAR, help="modules to adapt, commas between them")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--seq", type=int, default=512)
-    parser.add_argument("--optimizer", default="adamw", help=", ".join(OPTIMIZERS))
-    parser.add_argument("--dtype", default="bfloat16", help=", ".join(DTYPES))
-    parser.add_argument("--autocast", action="store_true", help="bf16 autocast")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute each layer in backward")
-    parser.add_argument("--dropout", type=float, default=0.0, help="LoRA's")
-    parser.add_argument("--kernels", default="cuda", help="cuda or cpu: whose kernels and dtypes to follow")
-    parser.add_argument("--json", action="store_true")
-    options = vars(parser.parse_args(arguments))
-    file, kernels, as_json, targets = (options.pop(name) for name in ("config", "kernels", "json", "targets"))
-    options["target_modules"] = targets if targets == ALL_LINEAR else targets.split(",")
-    file = file / "config.json" if file.is_dir() else file
+def read_architecture(folder: str | Path):
+    """transformers' config of the architecture in a folder's config.json."""
+    file = Path(folder) / "config.json" if Path(folder).is_dir() else Path(folder)
     if not file.is_file():
         raise ValueError(f"there is no {file}; expected the folder of a Hugging Face model, with a config.json")
-    transformers = need("transformers")
+    transformers = require_hugging_face("transformers")
     transformers.logging.set_verbosity_error()
-    config = transformers.AutoConfig.from_pretrained(file)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a model without weights
-        with fake():
-            step = training_step(config, **options)
-        t = measure(step, kernels)
-    print(json.dumps(t.to_dict()) if as_json else t)
+    return transformers.AutoConfig.from_pretrained(file)

@@ -1,0 +1,169 @@
+"""The commands of the calculator: memory, fit, claims, models, cards, trace. All that knows of arguments is here."""
+
+import json
+import sys
+import textwrap
+import warnings
+from argparse import SUPPRESS, BooleanOptionalAction
+from dataclasses import asdict, fields
+
+from ..config import ALL_LINEAR
+from ..tables import bytes_text, table
+from .bill import estimate
+from .models import PRESETS, ModelSpec
+from .run import KNOWN, METHODS, Serving, Training
+
+
+def memory_command(parser, arguments: list[str]) -> None:
+    """What a training step of a model needs, or with --serve the answer to prompts."""
+    add_run_options(parser)
+    parser.add_argument("--card", help="also say whether it fits this card: `cards` lists them")
+    parser.add_argument("--serve", action="store_true", help="answer prompts instead of training")
+    serving = parser.add_argument_group("with --serve, in the place of --seq and of all that trains")
+    for field in fields(Serving):
+        if field.name not in Training.__dataclass_fields__:
+            add_option(serving, field)
+    options = parser.parse_args(arguments)
+    run = run_of(options, Serving if options.serve else Training)
+    bill = estimate(spec_of(options), run)
+    verdict = None
+    if options.card:
+        from .fitting import judge
+
+        verdict = judge(bill, options.card)
+    if options.json:
+        print(json.dumps(bill.to_dict() | ({"card": verdict.to_dict()} if verdict else {}), indent=2))
+    else:
+        print(bill.text(bars=sys.stdout.isatty()), *([verdict] if verdict else []), sep="\n\n")
+
+
+def fit_command(parser, arguments: list[str]) -> None:
+    """Whether a training step fits, on which cards, and what to change."""
+    from .fitting import fit
+
+    add_run_options(parser)
+    parser.add_argument("--card", help="one of those that `cards` lists; without it, all of them")
+    options = parser.parse_args(arguments)
+    found = fit(spec_of(options), run_of(options), options.card)
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+
+
+def claims_command(parser, arguments: list[str]) -> None:
+    """What papers say of memory, with a verdict each."""
+    from .claims import REPRODUCED, claims
+
+    parser.add_argument("--json", action="store_true", help="for programs")
+    if parser.parse_args(arguments).json:
+        print(json.dumps([asdict(claim) for claim in claims()], indent=2))
+        return
+    for c in claims():
+        print(f"{c.verdict}: {c.source}", *(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  ")
+                                            for text in (c.says, c.ours)), sep="\n", end="\n\n")
+    print(f"{sum(c.verdict == REPRODUCED for c in claims())} of {len(claims())} reproduced")
+
+
+def models_command(parser, arguments: list[str]) -> None:
+    """The models whose shapes are known."""
+    parser.add_argument("--json", action="store_true", help="for programs")
+    options = parser.parse_args(arguments)
+    columns = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context", "tied", "parameters")
+    rows = {name: {c: getattr(spec, c) for c in columns} for name, spec in PRESETS.items()}
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        body = [(s.name, s.layers, s.hidden, f"{s.heads}/{s.kv_heads}", s.head_dim, s.ffn, s.vocab, s.context,
+                 "yes" if s.tied else "no", s.parameters) for s in PRESETS.values()]
+        print(table(("model", "layers", "hidden", "heads/kv", "head dim", "ffn", "vocab", "context", "tied",
+                     "parameters"), body))
+
+
+def cards_command(parser, arguments: list[str]) -> None:
+    """The cards, and how much of each a run may use."""
+    from .cards import CARDS
+
+    parser.add_argument("--json", action="store_true", help="for programs")
+    options = parser.parse_args(arguments)
+    if options.json:
+        print(json.dumps({name: c.to_dict() for name, c in CARDS.items()}, indent=2))
+        return
+    rows = [(c.name, bytes_text(c.nominal), bytes_text(c.reported) if c.reported else "unknown",
+             f"{bytes_text(c.usable[0])} to {bytes_text(c.usable[1])}", f"{c.bus / 1e9:.1f} GB/s",
+             f"{c.flops / 1e12:,.0f} TFLOP/s")
+            for c in CARDS.values()]
+    print(table(("card", "nominal", "driver reports", "usable", "bus", "16-bit"), rows))
+    print("usable: what the driver reports (93% to 100% of nominal where unknown) less 0.15 to 1.4 GB for CUDA")
+
+
+def trace_command(parser, arguments: list[str]) -> None:
+    """``python -m minilora trace --config FOLDER``: trace a step of the architecture in the folder's config.json."""
+    parser.add_argument("--config", required=True, help="a Hugging Face config.json, or its folder")
+    parser.add_argument("--method", default="lora", help=" or ".join(METHODS))
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", default=ALL_LINEAR, help="modules to adapt, commas between them")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seq", type=int, default=512)
+    parser.add_argument("--optimizer", default="adamw", help=", ".join(KNOWN["optimizer"]))
+    parser.add_argument("--dtype", default="bfloat16", help=", ".join(KNOWN["dtype"]))
+    parser.add_argument("--autocast", action="store_true", help="bf16 autocast")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute each layer in backward")
+    parser.add_argument("--dropout", type=float, default=0.0, help="LoRA's")
+    parser.add_argument("--kernels", default="cuda", help="cuda or cpu: whose kernels and dtypes to follow")
+    parser.add_argument("--json", action="store_true")
+    options = vars(parser.parse_args(arguments))
+    folder, kernels, as_json, targets = (options.pop(name) for name in ("config", "kernels", "json", "targets"))
+    options["target_modules"] = targets if targets == ALL_LINEAR else targets.split(",")
+
+    from .traced_step import read_architecture, training_step  # these two import torch
+    from .tracer import fake, measure
+
+    config = read_architecture(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a model without weights
+        with fake():
+            step = training_step(config, **options)
+        t = measure(step, kernels)
+    print(json.dumps(t.to_dict()) if as_json else t)
+
+
+# ---------------------------------------------------------------- a model and a run, as options
+
+
+def add_run_options(parser) -> None:
+    """A model and a training step, as options."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help="a known one: `models` lists them")
+    which.add_argument("--config", help="a folder with a Hugging Face config.json")
+    parser.add_argument("--family", help="read that config as this model_type, whatever it says of itself")
+    parser.add_argument("--targets", help="names with commas between, a regular expression, or all-linear")
+    for field in fields(Training):
+        if field.name != "target_modules":
+            add_option(parser, field)
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def add_option(parser, field) -> None:
+    name, default = "--" + field.name.replace("_", "-"), field.default
+    if isinstance(default, bool):
+        parser.add_argument(name, action=BooleanOptionalAction, default=SUPPRESS, help=f"default {default}")
+    else:
+        known = "".join(f"{value}, " for value in KNOWN.get(field.name, ()))
+        parser.add_argument(name, type=type(default), default=SUPPRESS, metavar=field.name.upper(),
+                            help=f"{known}default {default}")
+
+
+def spec_of(options) -> ModelSpec:
+    if options.family and options.model:
+        raise ValueError("--family goes with --config: the family of a known model is known")
+    return ModelSpec.preset(options.model) if options.model else ModelSpec.from_config(options.config, options.family)
+
+
+def run_of(options, kind: type = Training) -> Training | Serving:
+    targets = options.targets
+    if targets and targets != ALL_LINEAR and not set(targets) & set("*+?|()[]{}\\^$"):
+        targets = tuple(target.strip() for target in targets.split(","))
+    given = {"target_modules": targets} | {f.name: getattr(options, f.name) for f in fields(Training) + fields(Serving)
+                                           if hasattr(options, f.name)}
+    if stray := [name for name in given if name not in kind.__dataclass_fields__]:
+        raise ValueError(f"--{stray[0].replace('_', '-')} goes " + ("with --serve" if kind is Training else
+                         "with training, not with --serve"))
+    return kind(**given)

@@ -1,0 +1,80 @@
+"""What follows from the shapes without playing a step: bytes of the weights as stored, bytes moved, operations."""
+
+from .ledger import WIDTH
+from .models import ModelSpec
+from .run import Run, Training
+
+
+def four_bit_bytes(count: int, double: bool) -> int:
+    """A weight of so many elements as `quant.Linear4bit` stores it: 4.126953125 bits each, and 4 bytes (QLoRA, 3)."""
+    blocks = -(-count // 64)
+    return blocks * 32 + (blocks + -(-blocks // 256) * 4 + 4 if double else blocks * 4)
+
+
+def weight_bytes(spec: ModelSpec, run: Run) -> tuple[int, int]:
+    """The model's weights as stored, without adapters: of a layer, and of what stands outside the layers."""
+    width = WIDTH[run.outer_dtype]
+    matrices = spec.linears()
+    if run.method != "qlora":
+        return spec.layer_parameters * width, spec.outer_parameters * width
+    biases, norms = sum(m.out * m.bias for m in matrices), spec.layout.norms * spec.norm_parameters
+    four_bit = sum(four_bit_bytes(m.out * m.inp, run.double_quant) for m in matrices)
+    return four_bit + biases * WIDTH[run.dtype] + norms * width, spec.outer_parameters * width
+
+
+def visitors(spec: ModelSpec, run: Training) -> list[tuple[str, int]]:
+    """Weights that are on the device for a while: of a streamed base, or of one that is sharded, gathered from all
+    cards. While a layer computes, the next one is fetched."""
+    layer, outer = weight_bytes(spec, run)
+    adapters = sum(4 * run.rank * (m.inp + m.out) for m in run.targets(spec))
+    if run.streamed:
+        return [("a layer", layer), ("the next layer, or the head", max(layer, head_bytes(spec, run)))]
+    if run.zero == 3 and run.cards > 1:
+        return [("a layer", layer + adapters), ("the next layer", layer + adapters), ("what is no layer", outer)]
+    return []
+
+
+def head_bytes(spec: ModelSpec, run: Run) -> int:
+    """Of the output head."""
+    return spec.vocab * spec.embedding * WIDTH[run.outer_dtype]
+
+
+def moved(spec: ModelSpec, run: Run) -> dict[str, int]:
+    """Bytes that go over the wire to other cards (each sends as many), or over the bus from the host, in a step.
+
+    By a ring (Patarasuk & Yuan 2009). As `train` under torchrun, counted: what is no layer stays from forward to
+    backward, and gradients travel once, after the last forward and backward that add to them.
+    """
+    if not isinstance(run, Training):
+        return {}
+    layer, outer = weight_bytes(spec, run)
+    weights = spec.layers * layer + outer
+    trained = (weights if run.method == "full" else 4 * spec.lora_parameters(run.rank, run.target_modules))
+    if run.streamed:
+        rows = run.batch * run.seq * spec.embedding * WIDTH[run.dtype]
+        # two layers stay where the pass turns round: the last one at the head, the first two between steps
+        once = {"layers, forward and backward": max(2 * spec.layers - 3, 0) * layer,
+                "head": head_bytes(spec, run) * (spec.layers > 1), "rows of the embedding": rows,
+                "saved inputs, away and back": 2 * run.offload * spec.layers * rows}
+        return {what: size * run.accumulation for what, size in once.items() if size}
+    if run.cards == 1:
+        return {}
+    others = lambda size: size * (run.cards - 1) // run.cards
+    if run.zero < 3:
+        return {"gradients, summed": others(trained), "gradients or weights, handed round": others(trained)}
+    every = weights + (trained if run.method != "full" else 0)
+    return {"weights, gathered in forward": others(every) * run.accumulation,
+            "layers, gathered in backward": others(every - outer) * run.accumulation,
+            "gradients, summed": others(trained)}
+
+
+def flops(spec: ModelSpec, run: Training) -> int:
+    """Floating-point operations of a step's matrix products and attention, those of adapters left out: two a
+    multiply-and-add. Forward, again if recomputed, the inputs' gradients, and if they train the weights'."""
+    full = run.method == "full"
+    passes, tokens = 2 + run.checkpointing + full, run.batch * run.seq
+    layer = 2 * sum(m.out * m.inp for m in spec.linears())
+    # scores and their product with the values, half of them masked; backward makes five products of two
+    attention = 2 * run.seq * spec.heads * spec.head_dim * (1 + run.checkpointing + 2.5)
+    head = 2 * spec.vocab * spec.embedding * (2 + full)
+    return int(tokens * (spec.layers * (layer * passes + attention) + head)) * run.accumulation

@@ -1,0 +1,161 @@
+"""What the decoders of Hugging Face transformers share, line by line on the ledger; each family's own is in its file.
+
+Sources: transformers 5, ``models/*/modeling_*.py`` and ``loss/loss_utils.py``.
+Left out: position numbers and rotary frequencies, a few bytes a token.
+"""
+
+from ..activations import ACTIVATIONS
+from ..ledger import Tensor
+from ..linears import OurLinear
+from .decoder import Decoder, Layer
+
+# steps of one operator each, as `Ops.unary` takes them
+SCALED = (("scaled scores",),)
+SOFTCAP = (("divided by the cap",), ("tanh", "output"), ("times the cap",))  # cap * tanh(x / cap)
+Matrices = dict[str, OurLinear]
+
+
+class HuggingFaceDecoder(Decoder):
+    """``AutoModelForCausalLM`` of the model's family: a norm before attention and MLP, LayerNorm unless said otherwise.
+
+    Attributes:
+        always_eager: the family has no fused attention. masks: how many causal masks eager attention makes.
+        score_steps: what becomes of the scores before the mask. logit_steps: of the logits.
+    """
+
+    always_eager = False
+    masks = 1
+    score_steps: tuple[tuple[str, ...], ...] = SCALED
+    logit_steps: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def eager(self) -> bool:
+        return self.run.attention == "eager" or self.always_eager
+
+    def whole_loss(self) -> Tensor:
+        ops, run = self.ops, self.run
+        y = self.decode()  # held by the model's output until the loss is there
+        logits = self.head_of(y)
+        with ops.inside("loss"):
+            wide = ops.cast(logits, 4)
+            padded = ops.new(run.batch * (run.seq + 1), 8, "padded labels")
+            return ops.cross_entropy(wide, ops.new(run.batch * run.seq, 8, "shifted labels"))
+
+    def head_of(self, y: Tensor) -> Tensor:
+        logits = super().head_of(self.project(y, out=True))
+        with self.ops.inside("lm_head"):
+            for step in self.logit_steps:
+                logits = self.ops.unary(logits, *step)
+        return logits
+
+    # What stands before the layers
+
+    def embed(self) -> list[Tensor]:
+        ops, spec, run = self.ops, self.spec, self.run
+        with ops.inside("embed_tokens"):
+            x = self.scaled(ops.embedding(self.ids, self.embedding, spec.embedding))  # N C
+            if run.checkpointing and run.method != "full" and run.stack.input_gradients:
+                ops.require_grad(x)  # `enable_input_require_grads`, which PEFT asks for
+            x = self.project(x)
+        return self.positioned(x)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """The embedding as the layers want it."""
+        return x
+
+    def project(self, x: Tensor, out: bool = False) -> Tensor:
+        """The way between the widths of the embedding and of the layers, where they differ (OPT-350M)."""
+        if self.spec.embedding == self.spec.hidden:
+            return x
+        weight, width = self.projections[out], self.spec.embedding if out else self.spec.hidden
+        return self.ops.linear(x, weight, width, what="projection")
+
+    def positioned(self, x: Tensor) -> list[Tensor]:
+        """x with its positions, and what the model's forward holds beside it."""
+        return [x, x, self.ops.new(self.run.seq, 8, "position numbers")]
+
+    def tables(self, x: Tensor) -> list[Tensor]:
+        """What tells of positions, and the causal masks if attention is eager."""
+        ops, run = self.ops, self.run
+        with ops.inside("positions"):
+            tables = self.position_tables(x)
+            if self.eager:
+                tables += [ops.new(run.batch * run.seq * run.seq, x.width, "causal mask", part="activations")
+                           for _ in range(self.masks)]
+        return tables
+
+    def position_tables(self, x: Tensor) -> list[Tensor]:
+        return []
+
+    # The block
+
+    def norm(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        with self.ops.inside("norm"):
+            return self.ops.layer_norm(x, *weights)
+
+    def attention(self, x: Tensor, m: Matrices, tables: list[Tensor],
+                  residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Attention's output, and its weights if they were in memory: whoever holds them holds them on."""
+        ops = self.ops
+        q, k, v = self.queries_keys_values(x, m)
+        with ops.inside("attention"):
+            q, k = self.turned(q, k, tables)
+            k, v = self.cached(k, v)
+            y, weights = (self.eager_attention(q, k, v, tables[-1]) if self.eager
+                          else (self.fused_attention(q, k, v), None))
+        y = self.joined(y)
+        return self.finish(m[self.spec.layout.out](y), residual), weights
+
+    def queries_keys_values(self, x: Tensor, m: Matrices) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+    def sizes_of_q_k_v(self, qkv: Tensor) -> list[int]:
+        """Of their three parts in the output of one matrix."""
+        q, kv = self.spec.heads * self.spec.head_dim, self.spec.kv_heads * self.spec.head_dim
+        return [n * (qkv.count // (q + 2 * kv)) for n in (q, kv, kv)]
+
+    def turned(self, q: Tensor, k: Tensor, tables: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """q and k with rotary positions, if there are such."""
+        return q, k
+
+    def joined(self, y: Tensor) -> Tensor:
+        """Heads beside each other."""
+        return self.ops.view(y)
+
+    def finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
+        """What a family does inside attention and MLP that others do around them: dropout, the residual sum."""
+        return y
+
+    def eager_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """With all scores in memory, their softmax in fp32. Returns its weights too."""
+        ops, spec, run = self.ops, self.spec, self.run
+        scores, width = run.batch * spec.heads * run.seq**2, q.width
+        if spec.heads != spec.kv_heads:
+            k, v = (ops.unary(t, "repeated", count=q.count) for t in (k, v))
+            w = ops.bmm(ops.copy(q), k, scores, "scores")
+        else:
+            q, k = ops.copy(q), ops.copy(k)
+            w = ops.bmm(q, k, scores, "scores")
+        for step in self.score_steps:
+            w = ops.unary(w, *step)
+        w = ops.add(w, mask, "masked scores")
+        w = ops.cast(self.softmax(w), width)
+        w = ops.dropout(w, spec.attention_dropout)
+        y = ops.bmm(w, v if spec.heads != spec.kv_heads else ops.copy(v), q.count, "output")
+        return ops.copy(y, back=True), w
+
+    def softmax(self, w: Tensor) -> Tensor:
+        """In fp32, of a copy if need be."""
+        return self.ops.unary(self.ops.cast(w, 4), "softmax", "output")
+
+    def mlp(self, x: Tensor, m: Matrices, residual: Tensor | None = None) -> Tensor:
+        """Up, activation, down."""
+        f = self.spec.layout
+        h = m[f.up[0]](x)
+        h = self.activate(h)
+        h = m[f.down](h)
+        return self.finish(h, residual)
+
+    def activate(self, x: Tensor) -> Tensor:
+        with self.ops.inside("activation"):
+            return ACTIVATIONS[self.spec.activation](self.ops, x)

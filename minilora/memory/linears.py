@@ -1,0 +1,168 @@
+"""A linear of a layer, dense or in 4 bits, with or without an adapter: ours and PEFT's, line by line on the ledger.
+
+In the shape comments N is batch x tokens, r the rank; sizes are element counts.
+"""
+
+from .ledger import WIDTH, Tensor, as_view
+from .models import Linear
+from .ops import Ops
+from .run import Run
+
+
+class OurLinear:
+    """A matrix: its weight, dense or as `quant.Linear4bit` has it, and our adapter if it is a target."""
+
+    levels = False  # a 4-bit weight comes with tables of levels of its own
+    transposed = True  # the gradient of lora_B is laid out anew
+
+    def __init__(self, ops: Ops, linear: Linear, run: Run, adapted: bool):
+        self.ops, self.linear, self.run, self.width = ops, linear, run, WIDTH[run.dtype]
+        self.weight = self.codes = self.bias = self.A = self.B = None
+        size = linear.out * linear.inp
+        if run.method == "qlora":
+            self.codes = ops.four_bit(size, linear.name, run.double_quant, self.levels)
+        else:
+            self.weight = ops.weight(size, self.width, linear.name, run.method == "full", linear.out)
+        if linear.bias:
+            self.bias = ops.weight(linear.out, self.width, f"{linear.name} bias", run.method == "full")
+        if adapted:
+            self.A = ops.state(run.rank * linear.inp, 4, "adapters", f"{linear.name} lora_A", True, run.rank)
+            self.B = ops.state(run.rank * linear.out, 4, "adapters", f"{linear.name} lora_B", True, linear.out)
+            self.B.node.copies = self.transposed
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with self.ops.inside(self.linear.name):
+            return self.base(x) if self.A is None else self.adapted(x)
+
+    def base(self, x: Tensor) -> Tensor:
+        if self.codes:
+            return self.four_bit_base(x)
+        return self.ops.linear(x, self.weight, self.linear.out, self.bias, flat=self.linear.flat)
+
+    def four_bit_base(self, x: Tensor) -> Tensor:
+        """`quant.Linear4bitFunction`: keeps nothing, makes the dense weight in forward and again in backward."""
+        ops, inp, out, rows, x_width = self.ops, self.linear.inp, self.linear.out, x.count // self.linear.inp, x.width
+
+        def backward(saved, grads, needs):
+            w = self.dequantise(grads[0].width)
+            dx = ops.new(rows * inp, grads[0].width, "input gradient")
+            del w
+            return [ops.cast(dx, x_width)]
+
+        node = ops.node("linear in 4 bits", [x], [], backward)
+        with ops.unrecorded():
+            x = ops.amp(x)
+            y = ops.linear(x, self.dequantise(x.width), out)
+        y.node = node
+        return y
+
+    def dequantise(self, width: int) -> Tensor:
+        """`quant.dequantise`: piece by piece of 2^24 weights, through the table of all pairs of levels."""
+        ops, blocks = self.ops, -(-self.linear.out * self.linear.inp // 64)
+        levels = ops.new(16, 4, "levels")
+        table = ops.new(512, 4, "pairs of levels")  # on a real device it is kept from one call to the next
+        del levels
+        absmax = None
+        if self.run.double_quant:
+            absmax = ops.new(blocks, 4, "absmax")
+            if blocks % 256:
+                absmax = ops.new(-(-blocks // 256) * 256, 4, "absmax")
+        w = ops.new(blocks * 64, width, "dense weight")
+        for start in range(0, blocks, 2**18):
+            here = min(2**18, blocks - start)
+            numbers = ops.new(here * 32, 4, "codes as numbers")
+            pairs = ops.new(here * 32, 8, "pairs of levels")
+            del numbers
+        w.count = self.linear.out * self.linear.inp  # the last block may be longer than the weight
+        return w
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """`layers.LoRAFunction`: the adapter's part is added in place, and x, A and B are all that is kept."""
+        ops, inp, out, rank = self.ops, self.linear.inp, self.linear.out, self.run.rank
+        rows = x.count // inp
+        with ops.unrecorded():
+            seen = self.dropped(x)[0]  # N in
+            a = ops.cast(self.A, x.width)
+            a, thin = (ops.cast(t, ops.amp_width(t)) for t in (a, seen))
+            inner = ops.new(rows * rank, thin.width, "x A^T")
+            del a, thin
+            y = self.base(x)  # N out
+            b = ops.cast(self.B, y.width)
+            del b, inner, seen
+
+        def backward(saved, grads, needs):
+            x, A, B, W = saved
+            width = grads[0].width
+            seen, mask = self.dropped(x)
+            seen, a, b = ops.cast(seen, width), ops.cast(A, width), ops.cast(B, width)
+            inner = ops.new(rows * rank, width, "gradient of x A^T")
+            dA = ops.cast(ops.new(rank * inp, width, "gradient of lora_A"), A.width)
+            again = ops.new(rows * rank, width, "x A^T again")
+            dB = ops.new(rank * out, width, "gradient of lora_B")
+            del again
+            dB, dx = ops.cast(dB, B.width), None
+            if needs[0]:
+                W = self.dequantise(self.width) if W is None else W
+                w = ops.cast(W, width)
+                dx = ops.new(rows * inp, width, "input gradient")
+                del w
+                if mask:
+                    through_adapter = ops.new(rows * inp, width, "input gradient of the adapter")
+                    mask = ops.cast(mask, width)
+                    del through_adapter, mask
+                dx = ops.cast(as_view(dx), x.width)
+            return dx, dA, dB
+
+        node = ops.node("lora", [x, self.A, self.B], [], backward, late=True)
+        ops.keep(node, [x, self.A, self.B, self.weight])
+        y.node = node
+        return y
+
+    def dropped(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The input that the adapter sees, and dropout's mask, drawn anew from its seed."""
+        if not self.run.dropout:
+            return rows, None
+        draws = self.ops.new(-(-rows.count // 4), 8, "random numbers")  # 16 bits an entry
+        mask = self.ops.new(rows.count, rows.width, "mask")
+        del draws
+        return self.ops.new(rows.count, rows.width, "x after dropout"), mask
+
+
+class PeftLinear(OurLinear):
+    """`peft.tuners.lora.Linear`: x is copied to the adapter's fp32, and the sum is made in fp32 and cast back; on a
+    4-bit base `Linear4bit`, which works on a copy of the base's output."""
+
+    levels = True
+    transposed = False
+
+    def adapted(self, x: Tensor) -> Tensor:
+        ops, rank, out = self.ops, self.run.rank, self.linear.out
+        result = self.base(x)
+        if self.codes:
+            result = ops.copy(result)
+        width = result.width
+        if not (self.codes and ops.autocast):
+            x = ops.cast(x, self.A.width)
+        inner = ops.linear(ops.dropout(x, self.run.dropout), self.A, rank, what="x A^T", flat=self.linear.flat)
+        update = ops.linear(inner, self.B, out, what="x A^T B^T", flat=self.linear.flat)
+        del inner
+        update = ops.unary(update, "scaled update")
+        if self.codes and not ops.autocast:
+            update = ops.cast(update, width)
+        result = ops.add(result, update, "sum with the update")
+        del update
+        return result if self.codes else ops.cast(result, width)
+
+    def four_bit_base(self, x: Tensor) -> Tensor:
+        """bitsandbytes' `Linear4bit` (0.50): x is cast to the compute dtype, the output back to x's."""
+        x_width = x.width
+        return self.ops.cast(super().four_bit_base(self.ops.cast(x, self.width)), x_width)
+
+    def dequantise(self, width: int) -> Tensor:
+        """Its kernel makes the dense weight at once."""
+        size = self.linear.out * self.linear.inp
+        absmax = self.ops.new(-(-size // 64), 4, "absmax") if self.run.double_quant else None
+        return self.ops.new(size, width, "dense weight")
+
+
+LINEARS: dict[str, type[OurLinear]] = {"minilora": OurLinear, "peft": PeftLinear}

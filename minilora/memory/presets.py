@@ -1,0 +1,66 @@
+"""The models whose shapes are known: of each the fields of its published config.json that make its shape.
+
+A new one is one more entry, with any field that its family reads. `models.PRESETS` are the shapes.
+"""
+
+from typing import Any
+
+Config = dict[str, Any]
+
+
+def gpt2(layers: int, hidden: int, heads: int, vocab: int, context: int) -> Config:
+    return {"model_type": "gpt2", "n_layer": layers, "n_embd": hidden, "n_head": heads, "vocab_size": vocab,
+            "n_positions": context}
+
+
+def opt(layers: int, hidden: int, heads: int, vocab: int, context: int, **more) -> Config:
+    return {"model_type": "opt", "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
+            "ffn_dim": 4 * hidden, "vocab_size": vocab, "max_position_embeddings": context, **more}
+
+
+def bloom(layers: int, hidden: int, heads: int, vocab: int, context: int) -> Config:
+    return {"model_type": "bloom", "n_layer": layers, "hidden_size": hidden, "n_head": heads, "vocab_size": vocab,
+            "seq_length": context}
+
+
+def llama(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int, context: int, tied: bool = False,
+          model_type: str = "llama", **more) -> Config:
+    """Of any family whose config has Llama's fields."""
+    return {"model_type": model_type, "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "intermediate_size": ffn, "vocab_size": vocab,
+            "max_position_embeddings": context, "tie_word_embeddings": tied, **more}
+
+
+CONFIGS: dict[str, Config] = {
+    "gpt2": gpt2(12, 768, 12, 50257, 1024),
+    "gpt2-medium": gpt2(24, 1024, 16, 50257, 1024),
+    "gpt2-large": gpt2(36, 1280, 20, 50257, 1024),
+    "gpt2-xl": gpt2(48, 1600, 25, 50257, 1024),
+    # never published as code: GPT-2's with q, k and v apart, as the LoRA paper speaks of it, under OPT's names
+    "gpt3-175b": opt(96, 12288, 96, 50257, 2048, activation_function="gelu", dropout=0.0, position_offset=0),
+    "opt-6.7b": opt(32, 4096, 32, 50272, 2048),
+    "opt-175b": opt(96, 12288, 96, 50272, 2048),
+    "bloom-176b": bloom(70, 14336, 112, 250880, 2048),
+    "llama-7b": llama(32, 4096, 32, 32, 11008, 32000, 2048),
+    "llama-2-7b": llama(32, 4096, 32, 32, 11008, 32000, 4096),
+    "llama-2-13b": llama(40, 5120, 40, 40, 13824, 32000, 4096),
+    "llama-2-70b": llama(80, 8192, 64, 8, 28672, 32000, 4096),
+    "llama-3-8b": llama(32, 4096, 32, 8, 14336, 128256, 8192),
+    "llama-3-70b": llama(80, 8192, 64, 8, 28672, 128256, 8192),
+    "llama-3.1-405b": llama(126, 16384, 128, 8, 53248, 128256, 131072),
+    "llama-3.2-1b": llama(16, 2048, 32, 8, 8192, 128256, 131072, tied=True),
+    "llama-3.2-3b": llama(28, 3072, 24, 8, 8192, 128256, 131072, tied=True),
+    "mistral-7b-v0.1": llama(32, 4096, 32, 8, 14336, 32000, 32768, model_type="mistral"),
+    "mistral-7b-v0.3": llama(32, 4096, 32, 8, 14336, 32768, 32768, model_type="mistral"),
+    "qwen2.5-0.5b": llama(24, 896, 14, 2, 4864, 151936, 32768, tied=True, model_type="qwen2"),
+    "qwen2.5-1.5b": llama(28, 1536, 12, 2, 8960, 151936, 131072, tied=True, model_type="qwen2"),
+    "qwen2.5-3b": llama(36, 2048, 16, 2, 11008, 151936, 32768, tied=True, model_type="qwen2"),
+    "qwen2.5-7b": llama(28, 3584, 28, 4, 18944, 152064, 131072, model_type="qwen2"),
+    "qwen2.5-14b": llama(48, 5120, 40, 8, 13824, 152064, 131072, model_type="qwen2"),
+    "qwen2.5-32b": llama(64, 5120, 40, 8, 27648, 152064, 131072, model_type="qwen2"),
+    "qwen2.5-72b": llama(80, 8192, 64, 8, 29568, 152064, 131072, model_type="qwen2"),
+    "gemma-2-2b": llama(26, 2304, 8, 4, 9216, 256000, 8192, tied=True, model_type="gemma2", head_dim=256),
+    "gemma-2-9b": llama(42, 3584, 16, 8, 14336, 256000, 8192, tied=True, model_type="gemma2", head_dim=256),
+    "gemma-2-27b": llama(46, 4608, 32, 16, 36864, 256000, 8192, tied=True, model_type="gemma2", head_dim=128),
+    "phi-3-mini": llama(32, 3072, 32, 32, 8192, 32064, 4096, model_type="phi3"),
+}

@@ -1,0 +1,204 @@
+"""What is asked: a training step (`Training`) or the answer to prompts (`Serving`), checked when it is made."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from ..config import is_number
+from .config_file import suggest
+from .ledger import WIDTH
+from .models import Linear, ModelSpec
+from .optimizers import OPTIMIZERS
+from .stacks import STACKS, Stack
+
+METHODS = ("full", "lora", "qlora")
+ATTENTION = ("fused", "eager")
+BASES = ("device", "host", "disk")
+# what the fields may be, by their names
+KNOWN = {"method": METHODS, "optimizer": OPTIMIZERS, "dtype": WIDTH, "implementation": STACKS, "attention": ATTENTION,
+         "base": BASES, "zero": (0, 1, 2, 3)}
+LEAST = {"rank": 1, "batch": 1, "seq": 1, "accumulation": 1, "cards": 1, "prompt": 1, "new": 0, "adapters": 0}
+
+
+class Run:
+    """What a decoder, the costs and the bill ask of a run; `Training` and `Serving` say it.
+
+    What only a training step has is here as a run without it has it.
+    """
+
+    method: str
+    rank: int
+    target_modules: str | tuple[str, ...] | None
+    batch: int
+    seq: int  # tokens of a row in the forward
+    tokens: int  # that a row may come to have
+    dtype: str
+    double_quant: bool
+    implementation: str
+    attention: str
+    autocast: bool = False
+    checkpointing: bool = False
+    dropout: float = 0.0
+    accumulation: int = 1
+    base: str = "device"
+    offload: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.target_modules, Iterable) and not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for field in fields(self):
+            value, least = getattr(self, field.name), LEAST.get(field.name)
+            if known := KNOWN.get(field.name):
+                if value not in known:
+                    raise ValueError(f"no {field.name} {value!r}; {suggest(str(value), map(str, known))}")
+            elif least is not None and (type(value) is not int or not least <= value < 2**31):
+                raise ValueError(f"{field.name} must be an integer from {least} on, got {value!r}")
+            elif isinstance(field.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{field.name} must be True or False, got {value!r}")
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuse what this model cannot do."""
+        if spec.context and self.tokens > spec.context:
+            raise ValueError(f"{self.tokens} tokens are more than the context of {spec.name}, {spec.context}")
+        for m in self.targets(spec):
+            if self.rank > min(m.out, m.inp):
+                raise ValueError(f"rank {self.rank} is larger than {m.name} allows: its weight is {m.out} x {m.inp}, "
+                                 f"so at most {min(m.out, m.inp)}")
+        if self.attention == "eager" and self.own_decoder(spec):
+            raise ValueError("our decoder has fused attention alone; eager attention is of implementation transformers")
+
+    def targets(self, spec: ModelSpec) -> tuple[Linear, ...]:
+        """The matrices of a layer that have an adapter."""
+        raise NotImplementedError
+
+    def own_decoder(self, spec: ModelSpec) -> bool:
+        """Whether our decoder runs, not transformers'."""
+        return self.stack.own_decoder and spec.layout.own_decoder is not None
+
+    @property
+    def stack(self) -> Stack:
+        return STACKS[self.implementation]
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the base visits the device layer by layer."""
+        return self.base != "device"
+
+    @property
+    def outer_dtype(self) -> str:
+        """Of what is no matrix of a layer."""
+        return "float32" if self.method == "qlora" and self.stack.kbit_fp32 else self.dtype
+
+
+@dataclass(frozen=True)
+class Training(Run):
+    """A training step.
+
+    Args:
+        method: "full" (every weight trains), "lora", "qlora" (LoRA on a base whose linears, but for the head, are NF4).
+        rank, target_modules, dropout: LoRA's, as in `LoRAConfig`; targets None: what PEFT adapts in this family.
+        batch, seq: rows of one forward, and tokens in each.
+        accumulation: forwards whose gradients are summed before the optimizer's step.
+        optimizer: "adamw", "sgd", "momentum", "adafactor", "lion", or "adamw8bit" (bitsandbytes).
+        dtype: of the weights ("bfloat16", "float16", "float32"). Adapters are fp32, as ours and PEFT's are.
+        autocast: run the forward under 16-bit autocast (mixed precision: with fp32 weights).
+        checkpointing: recompute each layer in backward instead of keeping its activations.
+        double_quant: qlora's blocks' absmax in 8 bits too (QLoRA, section 3).
+        implementation: "minilora" (our decoder, or where we have none transformers', with our adapters), or
+            "transformers" (with PEFT's adapters; a 4-bit base by bitsandbytes).
+        attention: "fused", or "eager" with transformers: all scores in memory. Gemma-2 and BLOOM have only that.
+        cards: on how many the step runs, each with a batch of its own; the bill is of one card.
+        zero: what they share out: 0 nothing (DistributedDataParallel), 1 optimizer states, 2 gradients too, 3 weights
+            too (ZeRO, 1910.02054; FSDP is stage 3).
+        base: where frozen weights live: on the "device"; or in the "host"'s memory or on "disk", from where each layer
+            visits the device in forward and again in backward (`stream.py`). Needs a frozen base and checkpointing.
+        offload: a streamed run's saved inputs, one a layer, wait for backward in the host's memory too.
+
+    Raises:
+        ValueError: an unknown name (near ones are listed), or a size that makes no sense.
+    """
+
+    method: str = "lora"
+    rank: int = 16
+    target_modules: str | tuple[str, ...] | None = None
+    batch: int = 1
+    seq: int = 512
+    accumulation: int = 1
+    optimizer: str = "adamw"
+    dtype: str = "bfloat16"
+    autocast: bool = False
+    checkpointing: bool = False
+    dropout: float = 0.0
+    double_quant: bool = True
+    implementation: str = "minilora"
+    attention: str = "fused"
+    cards: int = 1
+    zero: int = 0
+    base: str = "device"
+    offload: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if self.zero and self.cards == 1:
+            raise ValueError(f"zero {self.zero} shares a step out over several cards: cards must be 2 or more, got 1")
+        if self.streamed and (self.method == "full" or not self.checkpointing or self.cards > 1):
+            raise ValueError(f"a base on the {self.base} visits layer by layer: that needs a frozen base (method lora "
+                             "or qlora), checkpointing, and one card")
+        if self.offload and not self.streamed:
+            raise ValueError("offload is of a streamed run: say base host or disk too")
+
+    @property
+    def tokens(self) -> int:
+        return self.seq
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """Part -> of how many cards each keeps a share. Gradients that accumulate are whole until exchanged."""
+        if self.streamed:
+            return {"frozen weights": 0}
+        sharded = (("optimizer", "optimizer temporaries"), ("gradients",) if self.accumulation == 1 else (),
+                   ("frozen weights", "trainable weights", "adapters"))[:self.zero]
+        return {part: self.cards for stage in sharded for part in stage}
+
+    def targets(self, spec: ModelSpec) -> tuple[Linear, ...]:
+        return spec.targets(self.target_modules) if self.method != "full" else ()
+
+
+@dataclass(frozen=True)
+class Serving(Run):
+    """Answering `batch` prompts at once.
+
+    Args:
+        batch, prompt, new: rows, tokens in each prompt, and tokens to come: the cache has room for all.
+        adapters: how many are resident, each of `rank` on `target_modules`; 0: the base alone.
+        four_bit: the base's linears are NF4.
+        dtype, double_quant, implementation, attention: as in `Training`.
+    """
+
+    batch: int = 1
+    prompt: int = 512
+    new: int = 512
+    adapters: int = 0
+    rank: int = 16
+    target_modules: str | tuple[str, ...] | None = None
+    four_bit: bool = False
+    dtype: str = "bfloat16"
+    double_quant: bool = True
+    implementation: str = "minilora"
+    attention: str = "fused"
+
+    @property
+    def method(self) -> str:
+        return "qlora" if self.four_bit else "lora"
+
+    @property
+    def seq(self) -> int:
+        return self.prompt
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.new
+
+    def targets(self, spec: ModelSpec) -> tuple[Linear, ...]:
+        return spec.targets(self.target_modules) if self.adapters else ()

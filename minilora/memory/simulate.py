@@ -1,0 +1,49 @@
+"""One training step on the ledger: the model, its optimizer's state, forward, backward, the optimizer's step."""
+
+from .costs import visitors
+from .decoders.decoder import Decoder
+from .ledger import Tensor
+from .models import ModelSpec
+from .ops import Ops
+from .optimizers import OPTIMIZERS
+from .run import Run, Serving, Training
+
+
+def simulate_step(spec: ModelSpec, run: Training, layers: int) -> Ops:
+    """A step of `layers` layers, from the second on: the optimizer has its state."""
+    ops = Ops(autocast=run.autocast, shares=run.shares, offload=run.offload)
+    model, optimizer = decoder(ops, spec, run, layers), OPTIMIZERS[run.optimizer]
+    model.targets = ops.state(run.batch * run.seq, 8, "inputs", "targets")
+    state = [t for leaf, rows in ops.leaves for t in optimizer.state(ops, leaf, rows)]
+    if run.cards > 1 and run.zero < 2:  # DistributedDataParallel sums gradients in buckets of its own
+        state += [ops.state(leaf.count, leaf.width, "buckets", "gradients to be summed") for leaf, _ in ops.leaves]
+    for _ in range(min(run.accumulation, 2)):  # from the second on gradients are there before the forward
+        ops.place, ops.module = ("forward", None), ""
+        guests = [ops.new(size, 1, name, also=True, part="visiting weights") for name, size in visitors(spec, run)]
+        loss = model.loss()
+        ops.casts.clear()
+        ops.backward(loss)
+        del guests
+    ops.place, ops.module, ops.part = ("optimizer", None), run.optimizer, "optimizer temporaries"
+    optimizer.update(ops, ops.leaves)
+    return ops
+
+
+def simulate_prefill(spec: ModelSpec, run: Serving, layers: int) -> Ops:
+    """The forward over the prompts, with the cache and every adapter in place: when serving holds most."""
+    ops = Ops()
+    model = decoder(ops, spec, run, layers)
+    others = [ops.state(t.count, t.width, "adapters", "the other adapters") for t, _ in ops.leaves
+              for _ in range(run.adapters - 1)]
+    ops.recording, model.cache = False, []
+    y = model.decode()  # N C
+    model.head_of(Tensor(run.batch * spec.hidden, y.width, y.storage))  # of the last position alone
+    del others
+    return ops
+
+
+def decoder(ops: Ops, spec: ModelSpec, run: Run, layers: int) -> Decoder:
+    """Ours or transformers', as the run's stack has it."""
+    family = spec.layout
+    kind = family.own_decoder if run.own_decoder(spec) else family.decoder
+    return kind(ops, spec, run, layers)
