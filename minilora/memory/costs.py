@@ -29,9 +29,21 @@ def visitors(spec: ModelSpec, run: Training) -> list[tuple[str, int]]:
     adapters = sum(4 * run.rank * (m.inp + m.out) for m in run.targets(spec))
     if run.streamed:
         return [("a layer", layer), ("the next layer, or the head", max(layer, head_bytes(spec, run)))]
+    if run.zero == 3 and run.software.fsdp1:
+        return [("what is no layer", outer)]
     if run.zero == 3 and run.cards > 1:
         return [("a layer", layer + adapters), ("the next layer", layer + adapters), ("what is no layer", outer)]
     return []
+
+
+def gathered_layer(spec: ModelSpec, run: Training) -> int:
+    """What torch's first FSDP gathers of a layer: its parameters, adapters in their dtype; of a 4-bit base the codes
+    alone, as the rest of it are no parameters."""
+    adapters = sum(WIDTH[run.adapter_dtype] * run.rank * (m.inp + m.out) for m in run.targets(spec))
+    norms, matrices = spec.layout.norms * spec.norm_parameters, sum(m.out * m.inp for m in spec.linears())
+    if run.method != "qlora":
+        return spec.layer_parameters * WIDTH[run.dtype] + adapters
+    return matrices // 2 + norms * WIDTH[run.norm_dtype] + adapters
 
 
 def head_bytes(spec: ModelSpec, run: Run) -> int:

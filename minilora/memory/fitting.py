@@ -147,6 +147,8 @@ def scratch(bill: Bill) -> int:
     """What the backward of flash attention takes and gives back: the gradient of q in fp32, and with grouped heads
     those of k and v for every query head."""
     run, spec = bill.run, bill.spec
+    if run.attention == "flash":
+        return 0  # it is in the bill
     elements = run.batch * run.seq * spec.heads * spec.head_dim
     return elements * (4 + 2 * WIDTH["bfloat16"] * (spec.heads != spec.kv_heads))
 
@@ -195,7 +197,9 @@ def ranked_changes(spec: ModelSpec, run: Training, answer: Callable[[Training], 
     return tuple(sorted(tried.values(), key=lambda c: -c.saves))
 
 
-STREAMED = {"base": "host", "checkpointing": True, "cards": 1, "zero": 0}
+OURS = {"stack": "minilora", "attention": "fused", "loss": "whole", "kernels": "torch", "adapter_dtype": "float32",
+        "upcast": "all"}
+STREAMED = OURS | {"base": "host", "checkpointing": True, "cards": 1, "zero": 0}
 CHANGES: dict[str, Callable[[Training], dict]] = {
     "train adapters, not every weight (lora)": lambda r: {"method": "lora"} if r.method == "full" else {},
     "keep the base in 4 bits (qlora)": lambda r: {"method": "qlora"},
@@ -210,7 +214,8 @@ CHANGES: dict[str, Callable[[Training], dict]] = {
     "plain SGD": lambda r: {"optimizer": "sgd"},
     "weights in 16 bits": lambda r: {"dtype": "bfloat16", "autocast": False} if r.dtype == "float32" else {},
     "fused attention": lambda r: {"attention": "fused"},
-    "our decoder and adapters": lambda r: {"implementation": "minilora", "attention": "fused"},
+    "the loss in chunks": lambda r: {"loss": "chunked"} if r.loss == "whole" else {},
+    "our decoder and adapters": lambda r: OURS if r.stack != "minilora" else {},
     "share it all out over 2 cards (ZeRO-3)": lambda r: {"cards": 2 * r.cards, "zero": 3},
     "stream the base from the host, layer by layer": lambda r: STREAMED if r.method != "full" else {},
     "stream a 4-bit base from the host": lambda r: STREAMED | {"method": "qlora"} if r.method != "qlora" else {},
