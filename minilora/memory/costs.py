@@ -11,6 +11,12 @@ def four_bit_bytes(count: int, double: bool) -> int:
     return blocks * 32 + (blocks + -(-blocks // 256) * 4 + 4 if double else blocks * 4)
 
 
+def gptq_bytes(out: int, inp: int, group: int, zeros: bool = False) -> int:
+    """A weight as GPTQ stores it; with `zeros` its zero points alone."""
+    groups = -(-inp // (group or inp))
+    return groups * out // 2 if zeros else out * inp // 2 + groups * out // 2 + 2 * groups * out + 4 * inp
+
+
 def weight_bytes(spec: ModelSpec, run: Run) -> tuple[int, int]:
     """The model's weights as stored, without adapters: of a layer, and of what stands outside the layers."""
     width = WIDTH[run.outer_dtype]
@@ -18,7 +24,10 @@ def weight_bytes(spec: ModelSpec, run: Run) -> tuple[int, int]:
     if run.method != "qlora":
         return spec.layer_parameters * width, spec.outer_parameters * width
     biases, norms = sum(m.out * m.bias for m in matrices), spec.layout.norms * spec.norm_parameters
-    four_bit = sum(four_bit_bytes(m.out * m.inp, run.double_quant) for m in matrices)
+    if run.quantisation == "gptq":
+        four_bit = sum(gptq_bytes(m.out, m.inp, run.group) for m in matrices)
+    else:
+        four_bit = sum(four_bit_bytes(m.out * m.inp, run.double_quant) for m in matrices)
     return four_bit + biases * WIDTH[run.dtype] + norms * width, spec.outer_parameters * width
 
 
@@ -43,7 +52,9 @@ def gathered_layer(spec: ModelSpec, run: Training) -> int:
     norms, matrices = spec.layout.norms * spec.norm_parameters, sum(m.out * m.inp for m in spec.linears())
     if run.method != "qlora":
         return spec.layer_parameters * WIDTH[run.dtype] + adapters
-    return matrices // 2 + norms * WIDTH[run.norm_dtype] + adapters
+    zeros = sum(gptq_bytes(m.out, m.inp, run.group, zeros=True) for m in spec.linears()
+                if run.quantisation == "gptq")
+    return matrices // 2 + zeros + norms * WIDTH[run.norm_dtype] + adapters
 
 
 def head_bytes(spec: ModelSpec, run: Run) -> int:

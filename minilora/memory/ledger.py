@@ -163,13 +163,22 @@ class Ledger:
             self.layers[t] = self.place[1]
         return t
 
-    def four_bit(self, count: int, name: str, double: bool, levels: bool) -> list[Tensor]:
+    def four_bit(self, count: int, name: str, double: bool, levels: bool, rest: str = "frozen weights") -> list[Tensor]:
         """A weight as `quant.Linear4bit` keeps it: codes, absmax of each block of 64, and their scales and mean; with
-        `levels` as bitsandbytes does: with a table of its own for the codes, and for the codes of absmax."""
+        `levels` as bitsandbytes does: with a table of its own for the codes, and for the codes of absmax. `rest`: the
+        part of all but the codes."""
         blocks = -(-count // 64)
         sizes = [(blocks * 32, 1), (blocks, 1 if double else 4), *[(-(-blocks // 256), 4), (1, 4)] * double]
         sizes += [(16, 4), *[(256, 4)] * double] * levels
-        return [self.state(*size, "frozen weights", f"{name} in 4 bits") for size in sizes]
+        return [self.state(*size, rest if i else "frozen weights", f"{name} in 4 bits") for i, size in enumerate(sizes)]
+
+    def gptq(self, out: int, inp: int, name: str, group: int, rest: str = "frozen weights") -> list[Tensor]:
+        """A weight as GPTQ's `QuantLinear` keeps it: eight codes an int32, a zero point and a 16-bit scale of each
+        group of a column, and the group of each row."""
+        groups = -(-inp // (group or inp))
+        sizes = [(out * inp // 8, 4, "frozen weights"), (groups * out // 8, 4, "frozen weights"),
+                 (groups * out, 2, rest), (inp, 4, rest)]
+        return [self.state(count, width, part, f"{name} in 4 bits") for count, width, part in sizes]
 
     def weight(self, count: int, width: int, name: str, trains: bool, rows: int = 0) -> Tensor:
         return self.state(count, width, "trainable weights" if trains else "frozen weights", name, trains, rows)

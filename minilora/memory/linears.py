@@ -20,7 +20,9 @@ class OurLinear:
         self.weight = self.codes = self.bias = self.A = self.B = None
         size = linear.out * linear.inp
         if run.method == "qlora":
-            self.codes = ops.four_bit(size, linear.name, run.double_quant, self.levels)
+            rest = "buffers" if run.software.fsdp1 else "frozen weights"  # no parameters, so not shared out
+            self.codes = (ops.gptq(linear.out, linear.inp, linear.name, run.group, rest) if run.quantisation == "gptq"
+                          else ops.four_bit(size, linear.name, run.double_quant, self.levels, rest))
         else:
             self.weight = ops.weight(size, self.width, linear.name, run.method == "full", linear.out)
         if linear.bias:
@@ -156,12 +158,16 @@ class PeftLinear(OurLinear):
 
     def four_bit_base(self, x: Tensor) -> Tensor:
         """bitsandbytes' `Linear4bit` (0.50): x is cast to the compute dtype, the output back to x's."""
+        if self.run.quantisation == "gptq":
+            return super().four_bit_base(x)
         x_width = x.width
         return self.ops.cast(super().four_bit_base(self.ops.cast(x, self.width)), x_width)
 
     def dequantise(self, width: int) -> Tensor:
         """Its kernel makes the dense weight at once."""
         size = self.linear.out * self.linear.inp
+        if self.run.quantisation == "gptq":
+            return self.ops.new(size, 2, "dense weight")
         absmax = self.ops.new(-(-size // 64), 4, "absmax") if self.run.double_quant else None
         return self.ops.new(size, width, "dense weight")
 

@@ -16,11 +16,12 @@ BASES = ("device", "host", "disk")
 LOSSES = ("whole", "chunked", "fused")
 UPCASTS = ("all", "norms", "none")
 KERNELS = ("torch", "unsloth")
+QUANTISATIONS = ("nf4", "gptq")
 # what the fields may be, by their names
 KNOWN = {"method": METHODS, "optimizer": OPTIMIZERS, "dtype": WIDTH, "stack": STACKS, "attention": ATTENTION,
          "base": BASES, "zero": (0, 1, 2, 3), "loss": LOSSES, "upcast": UPCASTS, "kernels": KERNELS,
-         "adapter_dtype": WIDTH}
-LEAST = {"rank": 1, "batch": 1, "seq": 1, "accumulation": 1, "cards": 1, "prompt": 1, "new": 0, "adapters": 0}
+         "adapter_dtype": WIDTH, "quantisation": QUANTISATIONS}
+LEAST = {"rank": 1, "group": 0, "batch": 1, "seq": 1, "accumulation": 1, "cards": 1, "prompt": 1, "new": 0, "adapters": 0}
 
 
 class Run:
@@ -64,7 +65,8 @@ class Run:
                 raise ValueError(f"{field.name} must be True or False, got {value!r}")
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuse what this model cannot do."""
+        """Refuse what this model cannot do, and what of it is not priced."""
+        spec.layout.check(self)
         if spec.context and self.tokens > spec.context:
             raise ValueError(f"{self.tokens} tokens are more than the context of {spec.name}, {spec.context}")
         for m in self.targets(spec):
@@ -105,7 +107,7 @@ class Run:
     @property
     def upcasts(self) -> bool:
         """Whether PEFT prepares the base for training in 4 bits."""
-        return self.method == "qlora" and self.software.peft
+        return self.method == "qlora" and self.software.peft and self.quantisation == "nf4"
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,9 @@ class Training(Run):
         adapter_dtype: of PEFT's adapters; ours are fp32.
         autocast: run the forward under 16-bit autocast (mixed precision: with fp32 weights).
         checkpointing: recompute each layer in backward instead of keeping its activations.
-        double_quant: qlora's blocks' absmax in 8 bits too (QLoRA, section 3).
+        quantisation: of qlora's base: "nf4" (ours, or bitsandbytes'), or "gptq" (4 bits; PEFT's stacks).
+        double_quant: NF4's blocks' absmax in 8 bits too (QLoRA, section 3). group: weights of a column that share a
+            scale in GPTQ, 0: all.
         stack: whose code runs, a name in `stacks.STACKS`: "minilora" (our decoder, or where we have none transformers',
             with our adapters), or "transformers", "trl", "unsloth" (transformers' decoder, PEFT's adapters, a 4-bit base
             by bitsandbytes). `of_stack` sets the rest as the stack's release does.
@@ -155,7 +159,9 @@ class Training(Run):
     autocast: bool = False
     checkpointing: bool = False
     dropout: float = 0.0
+    quantisation: str = "nf4"
     double_quant: bool = True
+    group: int = 128
     stack: str = "minilora"
     loss: str = "whole"
     adapter_dtype: str = "float32"
@@ -179,7 +185,8 @@ class Training(Run):
         if self.offload and not self.streamed:
             raise ValueError("offload is of a streamed run: say base host or disk too")
         if not self.software.peft:
-            for name, only in (("adapter_dtype", "float32"), ("kernels", "torch"), ("upcast", "all")):
+            for name, only in (("adapter_dtype", "float32"), ("kernels", "torch"), ("upcast", "all"),
+                               ("quantisation", "nf4")):
                 if getattr(self, name) != only:
                     raise ValueError(f"{name} {getattr(self, name)} is of stacks with PEFT's adapters, such as trl; "
                                      f"stack is {self.stack}")
@@ -225,6 +232,8 @@ class Training(Run):
         """Part -> of how many cards each keeps a share. Gradients that accumulate are whole until exchanged."""
         if self.streamed:
             return {"frozen weights": 0}
+        if self.software.fsdp1 and self.kernels == "unsloth" and self.method == "qlora":
+            return {"frozen weights": self.cards}  # adapters stay whole (fms-acceleration: `ignored_modules`)
         sharded = (("optimizer", "optimizer temporaries"), ("gradients",) if self.accumulation == 1 else (),
                    ("frozen weights", "trainable weights", "adapters"))[:self.zero]
         return {part: self.cards for stage in sharded for part in stage}
