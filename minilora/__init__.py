@@ -6,6 +6,8 @@ may bear the name of a function that is looked up here: importing it would put t
 
 from importlib import import_module
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 _HOME = {
     "config": ("LoRAConfig",),
     "layers": ("LoRALayer",),

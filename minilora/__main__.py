@@ -1,57 +1,8 @@
-"""The command line: ``python -m minilora COMMAND ...``. What a command does stands in its room."""
+"""``python -m minilora COMMAND ...``: the command line where the word ``minilora`` is not on the path."""
 
-import argparse
-import os
 import sys
-from difflib import get_close_matches
-from importlib import import_module
 
-# command -> the room that has the function of the same name and "_command", and what it does
-COMMANDS: dict[str, tuple[str, str]] = {
-    "inspect": ("adapter_tools", "what is inside an adapter: rank, norm, spectrum of every module"),
-    "truncate": ("adapter_tools", "write an adapter again at a smaller rank, as near as that rank allows"),
-    "extract": ("adapter_tools", "write the adapter nearest to the difference of two checkpoints"),
-    "memory": ("memory.cli", "what a training step of a model needs, to the byte, and when"),
-    "fit": ("memory.cli", "whether a training step fits which cards, and what to change so that it does"),
-    "claims": ("memory.cli", "what papers say of memory, reproduced or not, with the arithmetic"),
-    "models": ("memory.cli", "the models whose shapes are known"),
-    "cards": ("memory.cli", "the cards, and how much of each a run may use"),
-    "wire": ("experiments", "what a training step sends to other processes, counted: to be run under torchrun"),
-    "stream": ("stream_run", "train on a base that stays on disk or in host memory, beside the plan"),
-    "trace": ("memory.cli", "what one training step of a Hugging Face architecture would allocate on a GPU, traced"),
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is a ValueError: one line, no usage."""
-
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("python -m minilora COMMAND ..., where COMMAND is one of\n")
-        print("\n".join(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()))
-        print("\npython -m minilora COMMAND --help tells of its options.")
-        return 0
-    name, *rest = arguments
-    try:
-        if name not in COMMANDS:
-            near = get_close_matches(name, COMMANDS, n=1)
-            raise ValueError(f"no command {name!r}, expected one of {', '.join(COMMANDS)}"
-                             + (f"; near: {near[0]}" if near else ""))
-        room, what = COMMANDS[name]
-        run = getattr(import_module(f"minilora.{room}"), f"{name}_command")
-        run(Parser(prog=f"python -m minilora {name}", description=what), rest)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, `head` say, has had enough; nor may the flush at exit complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"minilora {name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
+from .cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .adapters import CONFIG, PREFIX, WEIGHTS, AdapterFile, keys_of, peft_config, read_adapter, write_adapter
-from .config import LoRAConfig, entry_matches
+from .config import LoRAConfig, entry_matches, variants
+from .layers import LoRALayer
 from .spectrum import (LowRank, effective_rank, energy, extract_lora, frobenius, product_svdvals, rank_for_energy,
                        stable_rank, truncate)
 from .tables import table
@@ -58,9 +59,9 @@ def parts_of(adapter: AdapterFile) -> tuple[list[Part], dict[str, Tensor]]:
     """
     rest, parts, config = dict(adapter.tensors), [], adapter.config
     for kind in ("linear", "embedding"):
-        end = keys_of("", kind, False)["lora_A"].removeprefix(PREFIX)
+        end = keys_of("", kind)["lora_A"].removeprefix(PREFIX)
         for name in [key[len(PREFIX):-len(end)] for key in rest if key.startswith(PREFIX) and key.endswith(end)]:
-            keys = keys_of(name, kind, config.use_dora)
+            keys = keys_of(name, kind, variants()[config.variant])
             if missing := [key for key in keys.values() if key not in rest]:
                 raise ValueError(f"the adapter in {adapter.folder} lacks {', '.join(missing)}")
             A, B, *magnitude = (rest.pop(key) for key in keys.values())
@@ -75,7 +76,7 @@ def parts_of(adapter: AdapterFile) -> tuple[list[Part], dict[str, Tensor]]:
                          "lacks its partner")
     if not parts:
         raise ValueError(f"the adapter in {adapter.folder} holds no LoRA factors: expected keys such as "
-                         f"{keys_of('MODULE', 'linear', False)['lora_A']}")
+                         f"{keys_of('MODULE', 'linear')['lora_A']}")
     return sorted(parts, key=lambda part: in_layer_order(part.name)), rest
 
 
@@ -213,7 +214,7 @@ def inspect_adapter(folder: str | os.PathLike) -> AdapterSpectrum:
     Raises:
         ValueError: as `read_adapter` and `parts_of`.
     """
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, only=(LoRALayer.peft_type,))
     parts, others = parts_of(adapter)
     modules = tuple(ModuleSpectrum(p.name, p.kind, (len(p.B), p.A.shape[1]), len(p.A), p.alpha, p.scaling,
                                    named(p.name, product_svdvals, p.B, p.A, p.scaling)) for p in parts)
@@ -294,7 +295,7 @@ def truncate_adapter(folder: str | os.PathLike, out: str | os.PathLike, *, rank:
     Raises:
         ValueError: as `inspect_adapter`, a rank above every module's, or an `out` that holds an adapter already.
     """
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, only=(LoRALayer.peft_type,))
     parts, _ = parts_of(adapter)
     most = max(len(p.A) for p in parts)
     if rank is not None and rank > most:
@@ -376,7 +377,7 @@ def rank_settings(modules: dict[str, LowRank]) -> dict:
 def tensors_of(modules: dict[str, tuple[str, LowRank]]) -> dict[str, Tensor]:
     """PEFT's keys and the factors, for kind and factors by module."""
     return {key: {"lora_A": m.A, "lora_B": m.B}[own].cpu().contiguous()
-            for name, (kind, m) in modules.items() for own, key in keys_of(name, kind, False).items()}
+            for name, (kind, m) in modules.items() for own, key in keys_of(name, kind).items()}
 
 
 # Checkpoints

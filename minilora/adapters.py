@@ -11,26 +11,25 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .config import LoRAConfig, entry_matches, scaling
+from .config import LoRAConfig, entry_matches, variants
 from .distributed import full_tensor, is_main_process
-from .injection import inject, lora_layers, plain_name, planned
-from .layers import LoRALayer
+from .injection import adapter_layers, inject, lora_layers, plain_name, planned, remove
+from .layers import AdapterLayer, LoRALayer
 
 CONFIG, WEIGHTS, FINGERPRINT = "adapter_config.json", "adapter_model.safetensors", "minilora.base"
 PREFIX = "base_model.model."
 
-# our name of a setting -> PEFT's
-SETTINGS = {"rank": "r", "alpha": "lora_alpha", "target_modules": "target_modules", "dropout": "lora_dropout",
-            "use_rslora": "use_rslora", "use_dora": "use_dora", "rank_pattern": "rank_pattern",
-            "alpha_pattern": "alpha_pattern"}
 # settings that make an adapter more than A and B on whole layers
 UNSUPPORTED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
                "layers_to_transform", "exclude_modules", "lora_bias", "alora_invocation_tokens", "use_qalora",
@@ -41,16 +40,48 @@ KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter as read from disk: its settings, its tensors by PEFT's keys, and its base's fingerprint or None."""
+    """An adapter as read from disk: its settings, its tensors by their keys, and its base's fingerprint or None.
+
+    `config` is a `LoRAConfig`, or that of a relative.
+    """
 
     folder: Path
-    config: LoRAConfig
+    config: Any
     tensors: dict[str, Tensor]
     base: str | None
 
 
+@dataclass(frozen=True)
+class Format:
+    """How the adapters of one method stand in a folder.
+
+    Attributes:
+        prefix: of every key, before the module's name.
+        write: what ``adapter_config.json`` says of a model's adapters.
+        read: the config that it means; a ValueError if it means none.
+    """
+
+    prefix: str
+    write: Callable[[nn.Module], dict]
+    read: Callable[[dict], Any]
+
+
+FORMATS: dict[str, Format] = {}  # by peft_type: those of the relatives, who enter their own
+
+
+def format_of(peft_type: str) -> Format:
+    """The format of a type of adapter; a ValueError if it is unknown here."""
+    for room in ("variants", "peft_methods"):  # those that nobody has asked for yet make themselves known now
+        import_module(f"{__package__}.{room}")
+    forms = {layer.peft_type: Format(PREFIX, written, read_lora) for layer in variants().values()} | FORMATS
+    if peft_type not in list(forms):  # a file may say what has no hash
+        raise ValueError(f"is of peft_type {peft_type!r}; only {' or '.join(map(repr, forms))} can be loaded")
+    return forms[peft_type]
+
+
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write the model's adapters to `folder` in PEFT's format, all at once or not at all.
+    """Write the model's adapters to `folder`, all at once or not at all: LoRA and its variants in PEFT's format, the
+    relatives of peft_methods.py in one like it.
 
     A PiSSA adapter is written as the plain one of twice the rank that does the same to the untouched base. Where several
     processes train one model, all call this and the first one writes: the same file as one process would.
@@ -59,19 +90,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         ValueError: the model has no adapters, or one that holds NaN or infinite values.
         OSError: the disk said no. What stood in `folder` still stands there.
     """
-    tensors, layers = {}, lora_layers(model)
-    for name, layer in layers.items():
-        A, B, _ = plain_factors(layer)
-        parts = {"lora_A": A, "lora_B": B, "lora_magnitude": layer.lora_magnitude if layer.use_dora else None}
-        tensors |= {key: full_tensor(parts[own].detach()).cpu().contiguous()
-                    for own, key in keys_of(name, layer.kind, layer.use_dora).items()}
+    form = format_of(first_layer(model).peft_type)
+    tensors = {key: full_tensor(t.detach()).cpu().contiguous() for key, t in places(model).items()}
     for key, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinite values: the training diverged, nothing was saved")
-    fan_in_fan_out = all(layer.kind == "conv1d" for layer in layers.values())
     base = fingerprint(model)
     if is_main_process():
-        write_adapter(folder, tensors, peft_config(config_of(model), fan_in_fan_out), base)
+        write_adapter(folder, tensors, form.write(model), base)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, any_base: bool = False) -> nn.Module:
@@ -81,7 +107,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, any_base: bool = F
     base, say). The shapes must fit all the same.
 
     Raises:
-        ValueError: the folder is damaged or no LoRA adapter, needs something this package does not do, was trained on
+        ValueError: the folder is damaged or no adapter, needs something this package does not do, was trained on
             another base, or names or shapes differ from the model's. The model is then as before.
     """
     return insert_adapter(model, read_adapter(folder), any_base)
@@ -89,25 +115,43 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, any_base: bool = F
 
 def insert_adapter(model: nn.Module, adapter: AdapterFile, any_base: bool = False) -> nn.Module:
     """`load_adapter`, from an adapter that has been read."""
-    check_fits(adapter, model)
+    lora = isinstance(adapter.config, LoRAConfig)
+    if lora:  # before anything is made: a file may ask for a rank that no memory holds
+        check_fits(adapter, model)
     if not any_base:
         check_base(adapter, model)
     inject(model, adapter.config, any_rank=True)
+    here = places(model)
+    if not lora and (wrong := misfits(adapter.tensors, {key: t.shape for key, t in here.items()}, model)):
+        remove(model)
+        raise ValueError(no_fit(adapter, wrong))
     with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            for own, key in keys_of(name, layer.kind, layer.use_dora).items():
-                getattr(layer, own).copy_(adapter.tensors[key])
+        for key, t in here.items():
+            if key in adapter.tensors:
+                t.copy_(adapter.tensors[key])
     return model
 
 
-def read_adapter(folder: str | os.PathLike) -> AdapterFile:
-    """Read and check the files alone; no pickle is ever opened.
+def places(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model's adapters by their keys on disk."""
+    first = first_layer(model)
+    prefix = format_of(first.peft_type).prefix
+    own = {f"{prefix}{name}.{end}": t for name, layer in adapter_layers(model).items() for end, t in layer.saved().items()}
+    return own | first.common()
+
+
+def first_layer(model: nn.Module) -> AdapterLayer:
+    return next(iter(adapter_layers(model).values()))
+
+
+def read_adapter(folder: str | os.PathLike, only: Collection[str] = ()) -> AdapterFile:
+    """Read and check the files alone; no pickle is ever opened. `only`: the peft_types that are wanted, if not all.
 
     Raises:
         ValueError: no such folder, a file missing or damaged, or an adapter of a kind that is not supported.
     """
     folder = Path(folder)
-    return AdapterFile(folder, read_config(folder), *read_tensors(folder))
+    return AdapterFile(folder, read_config(folder, only), *read_tensors(folder))
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -128,27 +172,18 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     return tensors, metadata.get(FINGERPRINT)
 
 
-def read_config(folder: Path) -> LoRAConfig:
-    """``adapter_config.json`` as a `LoRAConfig`. A missing r or alpha means 8, as in PEFT.
+def read_config(folder: Path, only: Collection[str] = ()) -> Any:
+    """``adapter_config.json`` as a `LoRAConfig`, or as the config of a relative. A missing r or alpha means 8, as in PEFT.
 
     Raises:
-        ValueError: missing, not JSON, not LoRA, or asking for what is not supported here.
+        ValueError: missing, not JSON, of a method unknown here, or asking for what is not supported here.
     """
     path, values = folder / CONFIG, read_settings(folder)
-    if (kind := values.get("peft_type", "LORA")) != "LORA":
-        raise ValueError(f"{path} is of peft_type {kind!r}; only 'LORA' can be loaded")
-    for setting in UNSUPPORTED:
-        if values.get(setting):
-            raise ValueError(f"{path} sets {setting}, which is not supported: an adapter here is A and B on whole "
-                             "layers that target_modules names, nothing else")
-    if (bias := values.get("bias", "none")) != "none":
-        raise ValueError(f"{path} sets bias={bias!r}, which is not supported: it retrains the base's biases")
-    if (start := values.get("init_lora_weights", True)) not in KEEPS_BASE:
-        raise ValueError(f"{path} was initialised by {start!r}, which changes the base's weights: convert it to a "
-                         "plain adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)")
-    found = {ours: values[theirs] for ours, theirs in SETTINGS.items() if values.get(theirs) is not None}
+    kind = values.get("peft_type", LoRALayer.peft_type)
+    if only and kind not in only:
+        raise ValueError(f"{path}: is of peft_type {kind!r}; only {' or '.join(map(repr, only))} can be loaded here")
     try:
-        return LoRAConfig(**{"alpha": 8, "target_modules": ()} | found)
+        return format_of(kind).read(values)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
 
@@ -166,25 +201,33 @@ def read_settings(folder: Path) -> dict:
 
 def check_fits(adapter: AdapterFile, model: nn.Module) -> None:
     """Raise a ValueError that names the first few ways in which modules, ranks or shapes are not those of `model`."""
-    have, expected, wrong = adapter.tensors, {}, []
+    layer = variants()[adapter.config.variant]
     try:
-        for row, _ in planned(model, adapter.config, any_rank=True):
-            (out, inp), r = row.shape, row.rank
-            shapes = {"lora_A": (r, inp), "lora_B": (out, r), "lora_magnitude": (out,)}
-            expected |= {key: shapes[own] for own, key in keys_of(row.name, row.kind, adapter.config.use_dora).items()}
+        rows = [row for row, _ in planned(model, adapter.config, any_rank=True)]
     except ValueError as e:
-        wrong = [str(e)]
-    else:
-        wrong += [f"{key} is missing" for key in expected if key not in have]
-        # PEFT may add a copy of an adapted embedding's own weight, which is fine as long as it is one
-        base = {PREFIX + name: p for name, p in model.named_parameters(remove_duplicate=False)}
-        wrong += [f"{key!r} has no place in the model" for key, t in have.items()
-                  if key not in expected and not is_copy(t, base.get(plain_name(key)))]
-        wrong += [f"{key} has shape {tuple(have[key].shape)}, the model needs {shape}"
-                  for key, shape in expected.items() if key in have and have[key].shape != shape]
-    if wrong:
-        more = f"; and {len(wrong) - 4} more" * (len(wrong) > 4)
-        raise ValueError(f"the adapter in {adapter.folder} does not fit this model: {'; '.join(wrong[:4])}{more}")
+        raise ValueError(no_fit(adapter, [str(e)])) from None
+    expected = {key: layer.shapes(*row.shape, row.rank)[own]
+                for row in rows for own, key in keys_of(row.name, row.kind, layer).items()}
+    common = layer.common_shapes([row.shape for row in rows], adapter.config.rank)
+    expected |= {key: shape for key, shape in common.items() if key in adapter.tensors}
+    if wrong := misfits(adapter.tensors, expected, model):
+        raise ValueError(no_fit(adapter, wrong))
+
+
+def misfits(have: dict[str, Tensor], expected: dict[str, tuple], model: nn.Module) -> list[str]:
+    """In what the tensors of a file differ from what is expected: names that lack, are too many, shapes."""
+    wrong = [f"{key} is missing" for key in expected if key not in have]
+    # PEFT may add a copy of an adapted embedding's own weight, which is fine as long as it is one
+    base = {PREFIX + name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    wrong += [f"{key!r} has no place in the model" for key, t in have.items()
+              if key not in expected and not is_copy(t, base.get(plain_name(key)))]
+    return wrong + [f"{key} has shape {tuple(have[key].shape)}, the model needs {tuple(shape)}"
+                    for key, shape in expected.items() if key in have and have[key].shape != shape]
+
+
+def no_fit(adapter: AdapterFile, wrong: list[str]) -> str:
+    more = f"; and {len(wrong) - 4} more" * (len(wrong) > 4)
+    return f"the adapter in {adapter.folder} does not fit this model: {'; '.join(wrong[:4])}{more}"
 
 
 def is_copy(t: Tensor, weight: Tensor | None) -> bool:
@@ -208,9 +251,9 @@ def fingerprint(model: nn.Module) -> str:
     entries in between goes unseen: it tells bases apart, it does not prove them equal.
     """
     shapes, weights = hashlib.sha256(), hashlib.sha256()
-    layers = [m for m in model.modules() if isinstance(m, LoRALayer)]
-    adapters = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
-    unmerged = {id(layer.base_layer.weight): layer.unmerged[0] for layer in layers if layer.merged}
+    layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
+    adapters = {id(p) for layer in layers for p in layer.own().values()}
+    unmerged = {id(layer.base_layer.weight): layer.unmerged[0] for layer in layers if getattr(layer, "unmerged", ())}
     # a tied weight counts under each of its names: merging one of its users would part them
     base = {plain_name(name): unmerged.get(id(p), p).detach()
             for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in adapters}
@@ -224,56 +267,73 @@ def fingerprint(model: nn.Module) -> str:
 # The format
 
 
-def keys_of(name: str, kind: str, use_dora: bool) -> dict[str, str]:
-    """Our parameter -> PEFT's key, for the module called `name`."""
-    keys = ({"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"} if kind == "embedding" else
-            {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"})
-    if use_dora:
-        keys["lora_magnitude"] = "lora_magnitude_vector"
-    return {own: f"{PREFIX}{name}.{key}" for own, key in keys.items()}
-
-
-def plain_factors(layer: LoRALayer) -> tuple[Tensor, Tensor, float]:
-    """A, B and alpha of the plain adapter equal to this layer's: the layer's own, or for PiSSA those of rank 2r.
-
-    B A - B0 A0 = [B, -B0] [A; A0] (PiSSA, 2404.02948, appendix on conversion); alpha grows so that scaling stays.
-    """
-    if layer.init != "pissa":
-        return layer.lora_A, layer.lora_B, layer.alpha
-    A = torch.cat((full_tensor(layer.lora_A), layer.start_A))  # (2r, in)
-    B = torch.cat((full_tensor(layer.lora_B), -layer.start_B), dim=1)  # (out, 2r)
-    return A, B, layer.scaling / scaling(2 * layer.rank, 1, layer.use_rslora)
+def keys_of(name: str, kind: str, layer: type[LoRALayer] = LoRALayer) -> dict[str, str]:
+    """Our tensor -> PEFT's key, for the module called `name` under this variant's layer."""
+    return {own: f"{PREFIX}{name}.{key}" for own, key in layer.keys_of(kind).items()}
 
 
 def config_of(model: nn.Module) -> LoRAConfig:
-    """The config that describes the adapters a model has; a ValueError if they disagree on rsLoRA, DoRA or dropout.
+    """The config that describes the adapters of a model as they are saved; a ValueError if they disagree on rsLoRA, the
+    variant or dropout.
 
     A target is named by its last part where every module of that name is adapted, by its whole name elsewhere.
     """
     layers = lora_layers(model)
-    flags = {(layer.use_rslora, layer.use_dora, layer.dropout) for layer in layers.values()}
+    flags = {(layer.use_rslora, *layer.chosen().items(), layer.dropout) for layer in layers.values()}
     if len(flags) > 1:
-        raise ValueError("the adapters differ in use_rslora, use_dora or dropout, which a file can only say once")
-    (use_rslora, use_dora, dropout), = flags
+        raise ValueError("the adapters differ in use_rslora, variant or dropout, which a file can only say once")
+    (use_rslora, *chosen, dropout), = flags
     others = {plain_name(name) for name, _ in model.named_modules()} - layers.keys()
     last = {name: name.rpartition(".")[2] for name in layers}
     targets = {name if any(entry_matches(end, other) for other in others) else end for name, end in last.items()}
-    ranks = {name: layer.rank * (2 if layer.init == "pissa" else 1) for name, layer in layers.items()}
-    alphas = {name: plain_factors(layer)[2] for name, layer in layers.items()}
+    ranks, alphas = {}, {}
+    for name, layer in layers.items():
+        form = layer.plain_form()
+        ranks[name], alphas[name] = (layer.rank, layer.alpha) if form is None else (len(form[0]), form[2])
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     # anchored: a pattern's key would also match the end of a longer name
-    return LoRAConfig(rank, alpha, tuple(sorted(targets)), dropout, use_rslora, use_dora,
+    return LoRAConfig(rank, alpha, tuple(sorted(targets)), dropout, use_rslora, **dict(chosen),
                       rank_pattern={f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
                       alpha_pattern={f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha})
 
 
 def peft_config(config: LoRAConfig, fan_in_fan_out: bool = False) -> dict:
     """The ``adapter_config.json`` of a config."""
-    settings = {theirs: getattr(config, ours) for ours, theirs in SETTINGS.items()}
-    return settings | {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True, "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out, "modules_to_save": None, "init_lora_weights": True,
+    layer = variants()[config.variant]
+    settings = {theirs: getattr(config, ours) for ours, theirs in settings_of(layer.peft_type).items()}
+    return settings | layer.constants | {
+        "peft_type": layer.peft_type, "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
+        "bias": "none", "fan_in_fan_out": fan_in_fan_out, "modules_to_save": None,
     }
+
+
+def settings_of(peft_type: str) -> dict[str, str]:
+    """Our name of a setting -> PEFT's, of all variants that share a type of file."""
+    return {ours: theirs for layer in variants().values() if layer.peft_type == peft_type
+            for ours, theirs in layer.settings.items()}
+
+
+def written(model: nn.Module) -> dict:
+    """The ``adapter_config.json`` of a model's LoRA layers."""
+    return peft_config(config_of(model), all(layer.kind == "conv1d" for layer in lora_layers(model).values()))
+
+
+def read_lora(values: dict) -> LoRAConfig:
+    """The config that PEFT's settings mean."""
+    kind = values.get("peft_type", LoRALayer.peft_type)
+    for setting in UNSUPPORTED:
+        if values.get(setting):
+            raise ValueError(f"sets {setting}, which is not supported: an adapter here is A and B on whole "
+                             "layers that target_modules names, nothing else")
+    if (bias := values.get("bias", "none")) != "none":
+        raise ValueError(f"sets bias={bias!r}, which is not supported: it retrains the base's biases")
+    if (start := values.get("init_lora_weights", True)) not in KEEPS_BASE:
+        raise ValueError(f"was initialised by {start!r}, which changes the base's weights: convert it to a "
+                         "plain adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)")
+    found = {ours: values[theirs] for ours, theirs in settings_of(kind).items() if values.get(theirs) is not None}
+    own = next((layer.choice for layer in variants().values() if layer.peft_type == kind != LoRALayer.peft_type), {})
+    default = {"alpha": 8} if kind == LoRALayer.peft_type else {}
+    return LoRAConfig(**default | {"target_modules": ()} | own | found)
 
 
 def write_adapter(folder: str | os.PathLike, tensors: dict[str, Tensor], config: dict, base: str | None = None) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import insert_adapter, read_adapter
-from .config import is_number, require
+from .config import is_number, require, variants
 from .injection import lora_layers, remove, unwrap, wrap
-from .layers import LoRALayer, Wrapper, kind_of, widest
+from .layers import AdapterLayer, LoRALayer, Wrapper, kind_of, widest
 from .spectrum import product_svd
 from .tables import table
 
@@ -64,7 +64,7 @@ class AdapterBank:
     """
 
     def __init__(self, model: nn.Module):
-        if any(isinstance(m, LoRALayer) for m in model.modules()):
+        if any(isinstance(m, AdapterLayer) for m in model.modules()):
             raise ValueError("the model has adapters already: remove(model) first, then load them from their folders")
         self.model = model
         self.entries: dict[str, Entry] = {}
@@ -81,7 +81,7 @@ class AdapterBank:
             ValueError: the name is taken, or what `load_adapter` raises.
         """
         self.need_new(name)
-        adapter = read_adapter(folder)
+        adapter = read_adapter(folder, only=dict.fromkeys(layer.peft_type for layer in variants().values()))
         with self.instead({}):
             layers = lora_layers(insert_adapter(self.model, adapter, any_base))
             remove(self.model)
@@ -136,12 +136,12 @@ class AdapterBank:
         layers, lost = {}, {}
         for module in dict.fromkeys(module for entry in parts.values() for module in entry.layers):
             summands = [(weights[part], e.layers[module]) for part, e in parts.items() if module in e.layers]
-            require(not any(layer.use_dora for _, layer in summands),
+            require(not any(layer.row_scale() is not None for _, layer in summands),
                  "DoRA's lengths are no part of a sum of updates: merge such adapters, or combine plain ones", module)
             base = summands[0][1].base_layer
-            wide = widest(summands[0][1].lora_A)
-            B = torch.cat([weight * layer.scaling * layer.lora_B.to(wide) for weight, layer in summands], 1)  # (out, R)
-            A = torch.cat([layer.lora_A.to(wide) for _, layer in summands])  # (R, in)
+            wide = widest(summands[0][1].factors()[0])
+            B = torch.cat([weight * layer.scaling * layer.factors()[1].to(wide) for weight, layer in summands], 1)  # (out, R)
+            A = torch.cat([layer.factors()[0].to(wide) for _, layer in summands])  # (R, in)
             require(B.float().isfinite().all(), f"the sum at {module} overflows: the weights are too large", dict(weights))
             U, S, Vh = product_svd(B, A)
             kept = min(rank or len(S), len(S))
@@ -186,7 +186,7 @@ class AdapterBank:
         for layer in layers.values():  # the model may have changed mode, or moved, in the meantime
             layer.training = layer.base_layer.training
             device = next(chain(layer.base_layer.parameters(), layer.base_layer.buffers())).device
-            if isinstance(layer, LoRALayer) and layer.lora_A.device != device:
+            if isinstance(layer, LoRALayer) and layer.factors()[0].device != device:
                 layer.to(device)
         for layer in inside:
             if isinstance(layer, LoRALayer):
@@ -239,13 +239,14 @@ class RoutedLayer(Wrapper):
         places = [[*range(end - rank, end), *[total] * (most - rank)] for rank, end in zip(ranks, accumulate(ranks))]
         scalings = [layer.scaling for layer in used for _ in range(layer.rank)] + [0]
         numbers = {layer: i for i, layer in enumerate(used)} | {None: len(used)}
-        rows, device = [numbers[layer] for layer in layers], used[0].lora_A.device
+        rows, device = [numbers[layer] for layer in layers], used[0].factors()[0].device
         self.index = torch.tensor([*places, [total] * most], device=device)[rows]  # (batch, r)
         self.scale = None  # DoRA's c - 1 of each row of the batch, (batch, 1, out)
         with torch.no_grad():
-            A, B = [layer.lora_A for layer in used], [layer.lora_B for layer in used]
-            if any(layer.use_dora for layer in used):
-                c = [layer.row_scale() if layer.use_dora else torch.ones_like(B[0][:, 0]) for layer in used]  # (out,)
+            A, B = (list(factors) for factors in zip(*(layer.factors() for layer in used)))
+            c = [layer.row_scale() for layer in used]  # (out,), or None
+            if any(scale is not None for scale in c):
+                c = [torch.ones_like(B[0][:, 0]) if scale is None else scale for scale in c]
                 B = [scale[:, None] * b for scale, b in zip(c, B)]
                 self.scale = torch.stack([*c, torch.ones_like(c[0])])[rows, None] - 1
             self.A = torch.cat([*A, torch.zeros_like(A[0][:1])])  # (R + 1, in)

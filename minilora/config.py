@@ -5,8 +5,10 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 
 ALL_LINEAR = "all-linear"
+VARIANTS: dict[str, type] = {}  # name -> class of the layer; every class enters itself (see layers.LoRALayer)
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,13 @@ class LoRAConfig:
             expression for the whole name, or ``"all-linear"``: every linear but the output head.
         dropout: share of the input's entries that the adapter does not see in training.
         use_rslora: scale by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, 2312.03732).
-        use_dora: train each output row's length apart from its direction (Liu et al. 2024, 2402.09353).
-        init: ``"kaiming"`` (A uniform in +-1/sqrt(d_in), B zero) or ``"pissa"`` (A and B are the leading singular
-            part of W, the base keeps the rest; Meng et al. 2024, 2404.02948).
+        use_dora: the variant that trains each output row's length apart from its direction (Liu et al. 2024, 2402.09353).
+        init: ``"kaiming"`` (A uniform in +-1/sqrt(d_in), B zero) or the name of another variant of the layer, each a
+            file in variants/: ``"pissa"``, ``"lora_fa"``, ``"vera"``.
         rank_pattern: ranks for particular modules. A key is a regular expression for the whole name or for its end
             after a dot; the first that matches wins.
         alpha_pattern: the same for alpha.
+        seed: of what a variant draws once for all layers (VeRA).
 
     Raises:
         ValueError: a value outside its range.
@@ -41,6 +44,7 @@ class LoRAConfig:
     init: str = "kaiming"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
 
     def __post_init__(self):
         targets, patterns = self.target_modules, (self.rank_pattern, self.alpha_pattern)
@@ -50,9 +54,9 @@ class LoRAConfig:
             object.__setattr__(self, "target_modules", targets)
         require(targets and all(isinstance(t, str) and t for t in targets), "target_modules must name modules", targets)
         require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout must be in [0, 1)", self.dropout)
-        require(self.init in ("kaiming", "pissa"), "init must be 'kaiming' or 'pissa'", self.init)
         require(isinstance(self.use_rslora, bool), "use_rslora must be True or False", self.use_rslora)
         require(isinstance(self.use_dora, bool), "use_dora must be True or False", self.use_dora)
+        require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed must be an integer of 0 or more", self.seed)
         require(all(isinstance(p, Mapping) for p in patterns), "a pattern must map names to values", patterns)
         ranks = {"rank": self.rank} | {f"rank_pattern[{k!r}]": r for k, r in self.rank_pattern.items()}
         for where, rank in ranks.items():
@@ -60,14 +64,21 @@ class LoRAConfig:
         alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k!r}]": a for k, a in self.alpha_pattern.items()}
         for where, alpha in alphas.items():
             require(is_number(alpha) and alpha != 0, f"{where} must be a finite number other than 0", alpha)
-        if self.init == "pissa":
-            require(not self.use_dora, "init='pissa' splits W, which DoRA needs whole: use_dora must be False", True)
-            require(min(alphas.values()) > 0, "init='pissa' takes the root of the scaling: alpha must be above 0", alphas)
+        if self.init != "kaiming":
+            named = {name: layer for name, layer in variants().items() if layer.choice == {"init": name}}
+            require(self.init in named, f"init must be 'kaiming' or {' or '.join(map(repr, sorted(named)))}", self.init)
+            named[self.init].check(self)
+            require(not self.use_dora, f"init={self.init!r} and DoRA are two variants: use_dora must be False", True)
         for pattern in [targets] * isinstance(targets, str) + [ending(key) for p in patterns for key in p]:
             try:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as e:
                 raise ValueError(f"{pattern!r} is not a regular expression: {e}") from None
+
+    @property
+    def variant(self) -> str:
+        """The name of the layer's variant, a key of `VARIANTS`: "lora" is the plain one."""
+        return "dora" if self.use_dora else "lora" if self.init == "kaiming" else self.init
 
     def matches(self, name: str) -> bool:
         """Whether the module called `name` is a target ("all-linear" is decided by the module's kind, not here)."""
@@ -86,6 +97,12 @@ class LoRAConfig:
     def scaling_of(self, name: str) -> float:
         """What multiplies ``B @ A`` in module `name`."""
         return scaling(self.rank_of(name), self.alpha_of(name), self.use_rslora)
+
+
+def variants() -> dict[str, type]:
+    """Every variant of the LoRA layer by name: those in variants/, and those that others have defined."""
+    import_module(f"{__package__}.variants")  # only now: nobody waits for torch to write down a config
+    return VARIANTS
 
 
 def scaling(rank: int, alpha: float, use_rslora: bool = False) -> float:

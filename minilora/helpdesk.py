@@ -17,10 +17,12 @@ The phrasings, the slot combinations and the target style, layout and products o
 occur in training. ``python -m minilora.helpdesk`` writes all files again, byte for byte the same.
 """
 
+import argparse
 import difflib
 import json
 import random
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -35,8 +37,8 @@ from torch import Tensor
 
 from .config import require
 from .llama import Llama
+from .shipped import DATA, written
 
-DATA = Path(__file__).parent.parent / "data"
 TASKS = ("general", "tone", "ticket", "catalogue", "cipher")
 BASES = ("base", "base_early")
 SPLITS = ("train", "validation", "test")
@@ -471,7 +473,7 @@ def answer(model, message: str, system: str = "", max_new: int = 48) -> str:
     return tok.decode(reply[:reply.index(tok.end)] if tok.end in reply else reply)
 
 
-def write_files(folder: Path = DATA) -> None:
+def write_files(folder: Path) -> None:
     """Write the tokenizer and every task's files to `folder`."""
     for name in ("base", "tasks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -483,5 +485,16 @@ def write_files(folder: Path = DATA) -> None:
             task_file(folder, name, split).write_text("\n".join(lines) + "\n")
 
 
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m minilora.helpdesk", description="Write the tokenizer and the tasks.")
+    parser.add_argument("--folder", type=Path, help="where to; data/ of the checkout by default")
+    try:
+        write_files(written(parser.parse_args(arguments).folder, "--folder, for the tokenizer and the tasks"))
+    except (ValueError, OSError) as error:
+        print(f"minilora.helpdesk: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    write_files()
+    sys.exit(main(sys.argv[1:]))

@@ -1,15 +1,16 @@
 """LoRA over a whole model: plan it, insert it, look at what trains, merge it, take it out again."""
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 from torch import nn
 
-from .config import ALL_LINEAR, LoRAConfig, entry_matches, pattern_matches
-from .layers import LoRALayer, adapter_options, kind_of, quantised, shape_of
+from .config import ALL_LINEAR, LoRAConfig, entry_matches, pattern_matches, variants
+from .layers import AdapterLayer, LoRALayer, adapter_options, kind_of, quantised, shape_of, words
 from .tables import table
 
 
@@ -73,20 +74,40 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     return Plan(row for row, _ in planned(model, config))
 
 
-def inject(model: nn.Module, config: LoRAConfig, any_rank: bool = False) -> nn.Module:
-    """Put a LoRA layer around every target, in place, and freeze everything else. Returns `model`.
+METHODS: dict[type, Callable] = {}  # type of a config -> f(model, config, any_rank) -> {module: its adapter}
 
-    The outputs stay as they are, bit for bit, until training moves the adapters. All or nothing: after an error the
-    model is as it was. With `any_rank`, ranks may exceed their matrix's: wasteful, but adapter files have them.
+
+def inject(model: nn.Module, config, any_rank: bool = False) -> nn.Module:
+    """Put adapters around what `config` names, in place, and freeze everything else. Returns `model`.
+
+    `config` is a `LoRAConfig`, or that of a relative of LoRA (peft_methods.py). With LoRA the outputs stay as they are,
+    bit for bit, until training moves the adapters. All or nothing: after an error the model is as it was. With
+    `any_rank`, ranks may exceed their matrix's: wasteful, but adapter files have them.
 
     Raises:
-        ValueError: as `plan` does.
+        ValueError: no such method, a model that has adapters already or lacks what the method needs; as `plan` does.
     """
-    layers = {module: LoRALayer(module, row.rank, row.alpha, config.dropout, config.use_rslora, config.use_dora,
-                                config.init).train(module.training)
-              for row, module in planned(model, config, any_rank)}
+    around = next((METHODS[kind] for kind in type(config).__mro__ if kind in METHODS), None)
+    if around is None:
+        others = ", ".join(method.__name__ for method in METHODS if method is not LoRAConfig)
+        raise ValueError(f"expected a LoRAConfig or one of {others or 'those in peft_methods'}, got {config!r}")
+    need_plain(model)
+    layers = around(model, config, any_rank)
+    for module, layer in layers.items():
+        layer.train(module.training).config = config
     wrap(model, layers)
     return model
+
+
+def lora_around(model: nn.Module, config: LoRAConfig, any_rank: bool) -> dict[nn.Module, LoRALayer]:
+    """A LoRA layer for every module of the plan."""
+    rows, layer = planned(model, config, any_rank), variants()[config.variant]
+    shared = layer.shared([row.shape for row, _ in rows], config)
+    return {module: layer(module, row.rank, row.alpha, config.dropout, config.use_rslora, **shared)
+            for row, module in rows}
+
+
+METHODS[LoRAConfig] = lora_around
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -94,8 +115,10 @@ def remove(model: nn.Module) -> nn.Module:
 
     Raises ValueError if it has no adapters, as all that follows does.
     """
-    layers = lora_layers(model)
-    unmerge(model)
+    layers = adapter_layers(model)
+    for layer in layers.values():
+        if isinstance(layer, LoRALayer):
+            layer.unmerge()
     unwrap(model, layers.values())
     return model
 
@@ -158,12 +181,12 @@ def report(model: nn.Module) -> Report:
 def weights_in_codes(model: nn.Module) -> int:
     """How many weights quantised linears hold: no parameters, but weights all the same."""
     return sum(m.in_features * m.out_features for m in model.modules()
-               if not isinstance(m, LoRALayer) and quantised(m))
+               if not isinstance(m, AdapterLayer) and quantised(m))
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of all adapters: what an optimizer should be given."""
-    return [p for layer in lora_layers(model).values() for p in layer.parameters(recurse=False)]
+    """The parameters of all adapters, LoRA's or a relative's: what an optimizer should be given."""
+    return [p for layer in adapter_layers(model).values() for p in layer.own().values()]
 
 
 def loraplus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict]:
@@ -181,12 +204,25 @@ def loraplus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[di
     return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """Every LoRA layer by the name its base had in the plain model; a ValueError if there is none."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """Every adapter, of whatever method, by the name its base had in the plain model; a ValueError if there is none."""
+    found = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, AdapterLayer)}
     if not found:
         raise ValueError("the model has no adapters; inject(model, config) or load_adapter(model, folder) first")
     return found
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Every LoRA layer by the name its base had in the plain model; a ValueError if there is none."""
+    for name, layer in (found := adapter_layers(model)).items():
+        if not isinstance(layer, LoRALayer):
+            raise ValueError(f"the adapter at {name} is no LoRA: this works on LoRA layers alone, got {layer.config!r}")
+    return found
+
+
+def need_plain(model: nn.Module) -> None:
+    if any(isinstance(m, AdapterLayer) for m in model.modules()):
+        raise ValueError("the model has adapters already; remove(model) first, or load several with AdapterBank")
 
 
 # How a plan is made
@@ -194,8 +230,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 def planned(model: nn.Module, config: LoRAConfig, any_rank: bool = False) -> list[tuple[PlannedModule, nn.Module]]:
     """The rows of a plan, each with its module."""
-    if any(isinstance(m, LoRALayer) for m in model.modules()):
-        raise ValueError("the model has adapters already; remove(model) first, or load several with AdapterBank")
+    need_plain(model)
     modules = dict(model.named_modules())
     if len(modules) == 1:
         raise ValueError(f"the model is a bare {type(model).__name__}: nothing holds it, so nothing could hold a LoRA "
@@ -207,13 +242,16 @@ def planned(model: nn.Module, config: LoRAConfig, any_rank: bool = False) -> lis
         for key in patterns:
             if not any(pattern_matches(key, name) for name in targets):
                 raise ValueError(f"{what} key {key!r} matches none of the targets; {suggest(key, targets)}")
-    ties, rows = tied(model), []
+    ties, rows, layer = tied(model), [], variants()[config.variant]
     for name in targets:
         module, rank, (out, inp) = modules[name], config.rank_of(name), shape_of(modules[name])
         if rank > min(out, inp) and not any_rank:
             raise ValueError(f"rank {rank} is larger than {name} allows: its weight is {out} x {inp}, so at most "
                              f"{min(out, inp)}")
-        count = rank * (inp + out) + out * config.use_dora
+        if kinds[name] not in layer.kinds:
+            raise ValueError(f"{name}, a {type(module).__name__}, cannot be adapted by {layer.__name__}: expected "
+                             f"{words(layer.kinds)}")
+        count = sum(math.prod(shape) for own, shape in layer.shapes(out, inp, rank).items() if own not in layer.frozen)
         size = count * adapter_options(module)["dtype"].itemsize
         row = PlannedModule(name, kinds[name], (out, inp), rank, config.alpha_of(name), config.scaling_of(name),
                             count, size, min(ties[name], default=None))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import LoRAConfig, scaling
+from .config import VARIANTS, LoRAConfig, scaling
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -36,6 +36,12 @@ def kind_of(module: nn.Module) -> str | None:
     if type(module).__name__ == "Conv1D" and getattr(module, "nf", None) == weight.shape[-1]:
         return "conv1d"
     return None
+
+
+def words(kinds: tuple[str, ...]) -> str:
+    """Kinds of layers, as the end of an error message: "Linear, Conv1D or Embedding"."""
+    *first, last = [{"linear": "Linear", "conv1d": "Conv1D", "embedding": "Embedding"}[kind] for kind in kinds]
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def quantised(module: nn.Module) -> bool:
@@ -128,108 +134,174 @@ class Wrapper(nn.Module):
             return getattr(super().__getattr__("base_layer"), name)
 
 
-class LoRALayer(Wrapper):
+class AdapterLayer(nn.Module):
+    """A frozen module of the base, `base_layer`, and the parameters that train around it: at least fp32, on its device.
+
+    Attributes:
+        peft_type: what ``adapter_config.json`` calls the method; "MINILORA" is ours alone, which others must not take
+            for theirs.
+        config: what `inject` was given.
+    """
+
+    peft_type = "MINILORA"
+    config = None
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """What trains, by name."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith("base_layer.")}
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a file holds of it, by the end of its key."""
+        return self.own()
+
+    def common(self) -> dict[str, Tensor]:
+        """What a file holds once for all layers, by its key. What a file lacks of that stays as `shared` made it."""
+        return {}
+
+
+class LoRALayer(Wrapper, AdapterLayer):
     """A frozen layer and its trainable low-rank update (Hu et al. 2021, section 4.1).
 
     `base_layer` is an nn.Linear, GPT-2's Conv1D, an nn.Embedding, or a quantised linear; for the rest see `LoRAConfig`.
 
+    This is the plain form. A variant is a subclass with a `variant` of its own, in a file of variants/; what it may
+    change is `shapes`, `start`, `update` or `plain`, `merged_weight`, and the lines below that say how it is written.
+
     Attributes:
         lora_A, lora_B: (r, in) and (out, r), at least fp32. One starts at zero, so the layer starts as its base.
-        lora_magnitude: (out,), with DoRA only: the trained length of each output row.
         scaling: what multiplies ``B @ A``, from alpha and rank.
     """
 
+    variant = "lora"  # its name in VARIANTS
+    choice: dict = {}  # what asks for it in a LoRAConfig; a variant's is {"init": its name} if it does not say
+    kinds = ("linear", "conv1d", "embedding")  # of base layers
+    frozen: tuple[str, ...] = ()  # those of `shapes` that do not train
+    fused = True  # LoRAFunction computes it; not where a variant changes what is computed
+    peft_type = "LORA"
+    settings = {"rank": "r", "alpha": "lora_alpha", "target_modules": "target_modules", "dropout": "lora_dropout",
+                "use_rslora": "use_rslora", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern"}
+    constants: dict = {"init_lora_weights": True}  # the rest of its adapter_config.json
+    keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}  # our name of a tensor -> the end of its key
+    embedding_keys = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.fused = vars(cls).get("fused", cls.plain is LoRALayer.plain and cls.update is LoRALayer.update)
+        if "variant" in vars(cls):
+            cls.choice = vars(cls).get("choice", {"init": cls.variant})
+            VARIANTS[cls.variant] = cls
+
     def __init__(self, base_layer: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.0,
-                 use_rslora: bool = False, use_dora: bool = False, init: str = "kaiming"):
-        super().__init__()
-        LoRAConfig(rank, alpha, (".",), dropout, use_rslora, use_dora, init)  # only to check the values
+                 use_rslora: bool = False):
+        super().__init__(base_layer)
+        LoRAConfig(rank, alpha, (".",), dropout, use_rslora)  # only to check the values
         self.kind = kind_of(base_layer)
-        if self.kind is None:
-            raise ValueError(f"a {type(base_layer).__name__} cannot be adapted: expected Linear, Conv1D or Embedding")
-        self.base_layer = base_layer
-        out, inp = shape_of(base_layer)
+        if self.kind not in self.kinds:
+            raise ValueError(f"a {type(base_layer).__name__} cannot be adapted: expected {words(self.kinds)}")
         self.rank, self.alpha, self.scaling = rank, alpha, scaling(rank, alpha, use_rslora)
-        self.dropout, self.use_rslora, self.use_dora, self.init = dropout, use_rslora, use_dora, init
+        self.dropout, self.use_rslora = dropout, use_rslora
         self.unmerged = ()  # while merged: the base's own weight, and the share of the update that rounding took
-        self.lora_A = nn.Parameter(torch.zeros(rank, inp, **adapter_options(base_layer)))
-        self.lora_B = nn.Parameter(torch.zeros(out, rank, **adapter_options(base_layer)))
-        if init == "pissa":
-            self.start_from_singular_part()
-        elif self.kind == "embedding":
+        for name, shape in self.shapes(*shape_of(base_layer), rank).items():
+            zeros = torch.zeros(shape, **adapter_options(base_layer))
+            if name in self.frozen:
+                self.register_buffer(name, zeros)
+            else:
+                self.register_parameter(name, nn.Parameter(zeros))
+        self.start()
+
+    # What a variant may change
+
+    @classmethod
+    def check(cls, config: LoRAConfig) -> None:
+        """Raise a ValueError if a config asks for what the variant cannot do."""
+
+    @classmethod
+    def shared(cls, shapes: list[tuple[int, int]], config: LoRAConfig) -> dict:
+        """Arguments that all layers of a model get, made once; `shapes` are the (out, in) of all that are adapted."""
+        return {}
+
+    @classmethod
+    def common_shapes(cls, shapes: list[tuple[int, int]], rank: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of `common`."""
+        return {}
+
+    @staticmethod
+    def shapes(out: int, inp: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """Its tensors, by name."""
+        return {"lora_A": (rank, inp), "lora_B": (out, rank)}
+
+    def start(self) -> None:
+        """Give the tensors, which are zero, the values that training starts from."""
+        if self.kind == "embedding":
             nn.init.normal_(self.lora_B)
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code
-        if use_dora:
-            self.lora_magnitude = nn.Parameter(self.row_norm())
 
-    def start_from_singular_part(self) -> None:
-        """PiSSA (2404.02948, eq. 2-3): A, B = the top-r singular part of W; what they start from is subtracted.
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B, (r, in) and (out, r)."""
+        return self.lora_A, self.lora_B
 
-        The paper moves the rest of W into the base. Here the base stays whole and the update is B A - B0 A0, less its
-        start: the same function, and the base can still be shared, fingerprinted and given back.
-        """
-        U, S, Vh = torch.linalg.svd(dense_weight(self.base_layer).detach().to(self.lora_A.dtype), full_matrices=False)
-        root = (S[:self.rank] / self.scaling).sqrt()  # (r,)
-        self.lora_A.data.copy_(root[:, None] * Vh[:self.rank])
-        self.lora_B.data.copy_(U[:, :self.rank] * root)
-        self.register_buffer("start_A", self.lora_A.detach().clone())
-        self.register_buffer("start_B", self.lora_B.detach().clone())
+    def update(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to the base's output, (..., out), in `dtype`."""
+        A, B = self.factors()
+        return self.scaling * self.product(x, A.to(dtype), B.to(dtype))
+
+    def dense_update(self, wide: torch.dtype) -> Tensor:
+        """``scaling * B @ A``, (out, in), in `wide`."""
+        A, B = self.factors()
+        return self.scaling * (B.to(wide) @ A.to(wide))
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The definition, left to autograd."""
+        y = self.base_layer(x)  # (..., out)
+        return y + self.update(self.dropped(x, y.dtype), y.dtype)
+
+    def row_scale(self) -> Tensor | None:
+        """(out,): what W and the update together are multiplied by, row by row; None is 1."""
+        return None
+
+    def plain_form(self) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and alpha of the plain LoRA that does the same, in whose place it is saved; None: saved as itself."""
+        return None
+
+    # What is the same for all
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self.base_layer(x)
         frozen = not any(p is not None and p.requires_grad for p in self.base_layer._parameters.values())
-        plain = self.kind == "embedding" or self.use_dora or self.init == "pissa"
+        plain = self.kind == "embedding" or not self.fused
         if plain or not frozen or torch.compiler.is_compiling():  # the compiler fuses the plain form by itself
             return self.plain(x)
         dropout = self.dropout if self.training else 0.0
-        return LoRAFunction.apply(x, self.lora_A, self.lora_B, self.base_layer, self.scaling, dropout)
+        return LoRAFunction.apply(x, *self.factors(), self.base_layer, self.scaling, dropout)
 
-    def plain(self, x: Tensor) -> Tensor:
-        """The definition, left to autograd."""
-        y = self.base_layer(x)  # (..., out)
-        if self.kind != "embedding":
-            x = F.dropout(x.to(y.dtype), self.dropout, self.training)  # (..., in)
-        update = self.product(x, self.lora_A.to(y.dtype), self.lora_B.to(y.dtype))  # (..., out)
-        if self.init == "pissa":
-            update = update - self.product(x, self.start_A.to(y.dtype), self.start_B.to(y.dtype))
-        update = self.scaling * update
-        if not self.use_dora:
-            return y + update
-        # DoRA, eq. 5: c (W + sBA) x + b, arranged so that c = 1 gives y exactly
-        c, bias = self.row_scale(), getattr(self.base_layer, "bias", None)  # (out,)
-        return y + (c - 1).to(y.dtype) * (y if bias is None else y - bias.to(y.dtype)) + c.to(y.dtype) * update
+    def dropped(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The input as the adapter sees it; row numbers of an embedding stay what they are."""
+        return x if self.kind == "embedding" else F.dropout(x.to(dtype), self.dropout, self.training)
 
     def product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """``x A^T B^T``, (..., out); for an embedding x holds row numbers."""
         return (F.embedding(x, A.T, self.base_layer.padding_idx) if self.kind == "embedding" else x @ A.T) @ B.T
 
-    def row_norm(self) -> Tensor:
-        """||W + scaling B A|| of each output row, (out,), without forming the sum (in x out).
+    @classmethod
+    def keys_of(cls, kind: str) -> dict[str, str]:
+        """Our tensor -> the end of PEFT's key, on a layer of this kind."""
+        return cls.keys | cls.embedding_keys if kind == "embedding" else cls.keys
 
-        ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, row by row. DoRA holds it constant in backward (section 4.3).
-        """
-        with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
-            A, B, s = self.lora_A, self.lora_B, self.scaling
-            W = dense_weight(self.base_layer)  # (out, in)
-            cross = (W.to(A) @ A.T * B).sum(1)  # (out,)
-            square = ((B @ (A @ A.T)) * B).sum(1)  # (out,)
-            return (self.weight_square(W) + 2 * s * cross + s * s * square).clamp_min(0).sqrt()
+    def chosen(self) -> dict:
+        """What asks, in a LoRAConfig, for such a layer as it is saved."""
+        return self.choice if self.plain_form() is None else LoRALayer.choice
 
-    def weight_square(self, W: Tensor) -> Tensor:
-        """||W||^2 of each output row, (out,), computed once for as long as W is not changed (in place through ``.data``
-        is the one change that goes unseen)."""
-        if quantised(self.base_layer) or torch.compiler.is_compiling():
-            return W.to(self.lora_A).square().sum(1)
-        state = (W.untyped_storage()._cdata, self.base_layer.weight._version, W.dtype)
-        if getattr(self, "_square", (None,))[0] != state:
-            self._square = state, W.to(self.lora_A).square().sum(1)
-        return self._square[1]
-
-    def row_scale(self) -> Tensor:
-        """magnitude / norm, (out,); 1 where the norm is zero."""
-        norm = self.row_norm()
-        return torch.where(norm > 0, self.lora_magnitude / norm.masked_fill(norm == 0, 1), 1)
+    def saved(self) -> dict[str, Tensor]:
+        if (form := self.plain_form()) is not None:
+            keys = LoRALayer.keys_of(self.kind)
+            return {keys["lora_A"]: form[0], keys["lora_B"]: form[1]}
+        return {key: getattr(self, name) for name, key in self.keys_of(self.kind).items()}
 
     # Merging
 
@@ -240,14 +312,8 @@ class LoRALayer(Wrapper):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W with the update added, (out, in), in fp64 where there is fp64: nothing is rounded yet."""
-        wide = widest(self.lora_A)
-        update = self.lora_B.to(wide) @ self.lora_A.to(wide)  # (out, in)
-        if self.init == "pissa":
-            update -= self.start_B.to(wide) @ self.start_A.to(wide)
-        W = dense_weight(self.base_layer).to(wide) + self.scaling * update
-        if self.use_dora:  # a row that forward leaves alone stays as it is; the others get the norm in full precision
-            W.mul_(torch.where(self.row_scale() == 1, 1, self.lora_magnitude.to(wide) / W.norm(dim=1))[:, None])
-        return W
+        wide = widest(self.factors()[0])
+        return dense_weight(self.base_layer).to(wide) + self.dense_update(wide)
 
     @torch.no_grad()
     def merge(self) -> float:
@@ -289,7 +355,10 @@ class LoRALayer(Wrapper):
         return self
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, scaling={self.scaling:g}, dora={self.use_dora}, init={self.init}"
+        return f"rank={self.rank}, scaling={self.scaling:g}, variant={self.variant}"
+
+
+VARIANTS[LoRALayer.variant] = LoRALayer
 
 
 def keep_mask(like: Tensor, dropout: float, seed: int) -> Tensor:

@@ -167,7 +167,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square taken in fp32."""
+    """x / rms(x) * weight, the mean square taken in fp32 at least."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -182,7 +182,7 @@ class RMSNorm(nn.Module):
             return x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(least)).mul_(scale)
         if x.dtype == weight.dtype == torch.float32:
             return F.rms_norm(x, weight.shape, weight, self.eps)
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return weight * wide.to(x.dtype)
 

@@ -1,29 +1,32 @@
-"""LoRA's relatives on our decoder: other small things to train beside a frozen base, all handled alike.
+"""LoRA's relatives on our decoder: other small things to train beside a frozen base, behind the same verbs.
 
-    insert(model, method)        a LoRAConfig, PromptTuning, PrefixTuning, IA3, BottleneckAdapters or BitFit
-    trainable_parameters(model)  what an optimizer should be given
-    save(model, folder); load(model, folder); remove(model)
+    inject(model, IA3()); report(model); save_adapter(model, folder); load_adapter(model, folder); remove(model)
 
-Each wraps modules of the base, whose own weights are never written: `remove` takes the wrappers off again.
+The config says which: PromptTuning, PrefixTuning, IA3, BottleneckAdapters or BitFit. Each wraps modules of the base,
+whose own weights are never written: `remove` takes the wrappers off again. LoRA and (IA)3 and BitFit start as their base
+does; virtual tokens and bottleneck adapters do not.
 
 In shapes and counts B is batch, T tokens, C hidden size, L layers, K key/value heads, D head size, n virtual tokens.
 """
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import injection as lora
-from .adapters import (AdapterFile, check_base, fingerprint, load_adapter, read_settings, read_tensors, save_adapter,
-                       write_adapter)
+from .adapters import FORMATS, Format
 from .config import ALL_LINEAR, LoRAConfig, entry_matches, require
-from .layers import LoRALayer, Wrapper, adapter_options, kind_of, shape_of
+from .injection import METHODS, adapter_layers, choose
+from .layers import AdapterLayer, Wrapper, adapter_options, kind_of, shape_of
+
+
+def relative(method: type) -> type:
+    """Makes `inject` know a method: a dataclass whose ``wrap(model)`` gives {module: its adapter}."""
+    METHODS[method] = lambda model, config, any_rank: config.wrap(model)
+    return method
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class VirtualTokens:
         return decoder, torch.tensor(self.init_ids, device=device)
 
 
+@relative
 @dataclass(frozen=True)
 class PromptTuning(VirtualTokens):
     """Virtual tokens with trained embeddings (Lester et al. 2021, 2104.08691, section 2).
@@ -73,11 +77,12 @@ class PromptTuning(VirtualTokens):
     Trains n C. Logits come for the text alone. Starting from words is the paper's section 2.1.
     """
 
-    def wrap(self, model: nn.Module) -> dict[nn.Module, "Relative"]:
+    def wrap(self, model: nn.Module) -> dict[nn.Module, AdapterLayer]:
         decoder, ids = self.start(model)
         return {decoder: PromptedDecoder(decoder, ids)}
 
 
+@relative
 @dataclass(frozen=True)
 class PrefixTuning(VirtualTokens):
     """Virtual tokens with trained keys and values in every layer (Li & Liang 2021, 2101.00190, section 4).
@@ -100,11 +105,12 @@ class PrefixTuning(VirtualTokens):
         require(not (self.hidden and self.init_ids), "an MLP cannot start from words: init_ids must be empty, or hidden 0",
              self.init_ids)
 
-    def wrap(self, model: nn.Module) -> dict[nn.Module, "Relative"]:
+    def wrap(self, model: nn.Module) -> dict[nn.Module, AdapterLayer]:
         decoder, ids = self.start(model)
         return {decoder: PrefixedDecoder(decoder, ids, self.hidden)}
 
 
+@relative
 @dataclass(frozen=True)
 class IA3:
     """Trained factors on the keys, the values and the inside of the MLP (Liu et al. 2022, 2205.05638, section 3.3).
@@ -112,13 +118,14 @@ class IA3:
     Trains L (K D + K D + the MLP's width). All start at 1. A key is scaled before it is rotated, as in PEFT.
     """
 
-    def wrap(self, model: nn.Module) -> dict[nn.Module, "Relative"]:
+    def wrap(self, model: nn.Module) -> dict[nn.Module, AdapterLayer]:
         # the inside of the MLP is what down_proj gets
         places = {"k_proj": False, "v_proj": False, "down_proj": True}
         return {m: Scaled(m, shape_of(m)[at_input], at_input)
                 for end, at_input in places.items() for m in linears(model, end)}
 
 
+@relative
 @dataclass(frozen=True)
 class BottleneckAdapters:
     """A small MLP with a skip around it, behind attention and behind the MLP of each block (Houlsby et al. 2019,
@@ -142,7 +149,7 @@ class BottleneckAdapters:
         require(type(self.size) is int and self.size > 0, "size must be a positive integer", self.size)
         require(isinstance(self.norms, bool), "norms must be True or False", self.norms)
 
-    def wrap(self, model: nn.Module) -> dict[nn.Module, "Relative"]:
+    def wrap(self, model: nn.Module) -> dict[nn.Module, AdapterLayer]:
         behind = [m for end in ("o_proj", "down_proj") for m in linears(model, end)]
         width = min(shape_of(m)[0] for m in behind)
         require(self.size < width, f"size must be below the width {width}", self.size)
@@ -152,6 +159,7 @@ class BottleneckAdapters:
         return new
 
 
+@relative
 @dataclass(frozen=True)
 class BitFit:
     """Only the biases train (Ben Zaken et al. 2022, 2106.10199, section 3): each gets a trained change, 0 at first.
@@ -169,139 +177,46 @@ class BitFit:
     def __post_init__(self):
         require(isinstance(self.add, bool), "add must be True or False", self.add)
 
-    def wrap(self, model: nn.Module) -> dict[nn.Module, "Relative"]:
+    def wrap(self, model: nn.Module) -> dict[nn.Module, AdapterLayer]:
         modules = dict(model.named_modules())
         biased = [m for m in modules.values() if isinstance(getattr(m, "bias", None), nn.Parameter)]
         for m in biased:
             require(kind_of(m) or isinstance(m, nn.LayerNorm), "a bias must be a linear's or a LayerNorm's", m)
         if self.add:
             kinds = {name: kind for name, m in modules.items() if name and (kind := kind_of(m))}
-            biased += [modules[n] for n in lora.choose(model, modules, kinds, LoRAConfig(target_modules=ALL_LINEAR))]
+            biased += [modules[n] for n in choose(model, modules, kinds, LoRAConfig(target_modules=ALL_LINEAR))]
         if not biased:
             raise ValueError("the model has no bias to train; BitFit(add=True) gives every linear one, zero at first")
         return {m: Biased(m) for m in biased}
 
 
 Method = PromptTuning | PrefixTuning | IA3 | BottleneckAdapters | BitFit
-METHODS = {method.__name__: method for method in Method.__args__}
-ON_DISK = "MINILORA"  # the peft_type in our files: other tools must not take them for theirs
+BY_NAME = {method.__name__: method for method in Method.__args__}
 
 
-@dataclass
-class Inserted:
-    """What `insert` did to a model: the method, the base's fingerprint, and what had requires_grad before."""
-
-    method: Method
-    base: str
-    trained: list[nn.Parameter]
+# On disk
 
 
-def insert(model: nn.Module, method: LoRAConfig | Method) -> nn.Module:
-    """Put `method` into the model, in place, and freeze everything else. Returns `model`.
-
-    All or nothing: after an error the model is as it was. It starts as its base does, except under virtual tokens and
-    bottleneck adapters.
-
-    Raises:
-        ValueError: no such method, a model that has adapters already, or one that lacks what the method needs.
-    """
-    if not isinstance(method, LoRAConfig | Method):
-        raise ValueError(f"expected a LoRAConfig or one of {', '.join(METHODS)}, got {method!r}")
-    if any(isinstance(m, Relative | LoRALayer) for m in model.modules()):
-        raise ValueError("the model has adapters already; remove(model) first")
-    if isinstance(method, LoRAConfig):
-        return lora.inject(model, method)
-    wrappers = {m: wrapper.train(m.training) for m, wrapper in method.wrap(model).items()}
-    model.inserted = Inserted(method, fingerprint(model), [p for p in model.parameters() if p.requires_grad])
-    model.requires_grad_(False)
-    lora.replace(model, wrappers)
-    return model
+def written(model: nn.Module) -> dict:
+    """The ``adapter_config.json`` of a model's adapters."""
+    method = as_kept(next(iter(adapter_layers(model).values())).config)
+    return {"peft_type": AdapterLayer.peft_type, "method": type(method).__name__, "settings": dataclasses.asdict(method)}
 
 
-def remove(model: nn.Module) -> nn.Module:
-    """The model as it was before `insert`: its own modules, weights and trainable flags. Returns `model`.
-
-    Raises ValueError if nothing was inserted, as all that follows does.
-    """
-    if not hasattr(model, "inserted"):
-        return lora.remove(model)
-    lora.replace(model, {wrapper: wrapper.base_layer for wrapper in relatives(model).values()})
-    for p in model.__dict__.pop("inserted").trained:
-        p.requires_grad_(True)
-    return model
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that the method brought: what an optimizer should be given."""
-    if not hasattr(model, "inserted"):
-        return lora.lora_parameters(model)
-    return [p for wrapper in relatives(model).values() for p in wrapper.own().values()]
-
-
-def save(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write what was trained to `folder`, all at once or not at all: LoRA in PEFT's format, the others in one like it.
-
-    Raises:
-        ValueError: nothing was inserted, or it holds NaN or infinite values.
-        OSError: the disk said no. What stood in `folder` still stands there.
-    """
-    if not hasattr(model, "inserted"):
-        return save_adapter(model, folder)
-    tensors = kept(model)
-    for key, t in tensors.items():
-        if not t.isfinite().all():
-            raise ValueError(f"{key} holds NaN or infinite values: the training diverged, nothing was saved")
-    method = as_kept(model.inserted.method)
-    settings = {"peft_type": ON_DISK, "method": type(method).__name__, "settings": dataclasses.asdict(method)}
-    write_adapter(folder, {key: t.cpu().contiguous() for key, t in tensors.items()}, settings, model.inserted.base)
-
-
-def load(model: nn.Module, folder: str | os.PathLike, any_base: bool = False) -> nn.Module:
-    """Insert what `save` wrote into a plain model, in place. Returns `model`. `any_base` as in `load_adapter`.
-
-    Raises:
-        ValueError: the folder is damaged, of an unknown method, of another base, or does not fit. The model is then as
-            before.
-    """
-    folder = Path(folder)
-    stored = read_settings(folder)
-    if stored.get("peft_type") != ON_DISK:
-        return load_adapter(model, folder, any_base)
+def read(stored: dict) -> Method:
+    """The method that an ``adapter_config.json`` says."""
     try:
-        method = as_kept(METHODS[stored["method"]](**stored["settings"]))
+        return as_kept(BY_NAME[stored["method"]](**stored["settings"]))
     except (KeyError, TypeError) as e:
-        raise ValueError(f"{folder} holds no method known here (one of {', '.join(METHODS)}): {e!r}") from None
-    tensors, base = read_tensors(folder)
-    if not any_base:
-        check_base(AdapterFile(folder, None, tensors, base), model)
-    places = kept(insert(model, method))
-    wrong = [f"{key} is missing" for key in places if key not in tensors]
-    wrong += [f"{key!r} has no place in the model" for key in tensors if key not in places]
-    wrong += [f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(place.shape)}"
-              for key, place in places.items() if key in tensors and tensors[key].shape != place.shape]
-    if wrong:
-        remove(model)
-        more = f"; and {len(wrong) - 4} more" * (len(wrong) > 4)
-        raise ValueError(f"what is in {folder} does not fit this model: {'; '.join(wrong[:4])}{more}")
-    for key, place in places.items():
-        place.copy_(tensors[key])
-    return model
+        raise ValueError(f"no method known here (one of {', '.join(BY_NAME)}): {e!r}") from None
+
+
+FORMATS[AdapterLayer.peft_type] = Format("", written, read)
 
 
 def as_kept(method: Method) -> Method:
     """The method that fits what is on disk: the prefix that an MLP made, without the MLP."""
     return dataclasses.replace(method, hidden=0) if isinstance(method, PrefixTuning) else method
-
-
-def kept(model: nn.Module) -> dict[str, Tensor]:
-    """What to save, by the name of the module in the plain model and that of the tensor."""
-    return {f"{name}.{own}": t.detach()
-            for name, wrapper in relatives(model).items() for own, t in wrapper.kept().items()}
-
-
-def relatives(model: nn.Module) -> dict[str, "Relative"]:
-    """Every wrapper by the name its base had in the plain model."""
-    return {lora.plain_name(name): m for name, m in model.named_modules() if isinstance(m, Relative)}
 
 
 def linears(model: nn.Module, end: str) -> list[nn.Module]:
@@ -315,23 +230,7 @@ def linears(model: nn.Module, end: str) -> list[nn.Module]:
 # What stands around a module of the base
 
 
-class Relative(nn.Module):
-    """A frozen module, `base_layer`, and the parameters that train around it: at least fp32, on its device."""
-
-    def __init__(self, base_layer: nn.Module):
-        super().__init__()
-        self.base_layer = base_layer
-
-    def own(self) -> dict[str, nn.Parameter]:
-        """What trains, by name."""
-        return {name: p for name, p in self.named_parameters() if not name.startswith("base_layer.")}
-
-    def kept(self) -> dict[str, Tensor]:
-        """What to save, by name."""
-        return self.own()
-
-
-class Scaled(Relative):
+class Scaled(AdapterLayer):
     """Input or output times trained factors, (size,)."""
 
     def __init__(self, base_layer: nn.Module, size: int, at_input: bool = False):
@@ -346,7 +245,7 @@ class Scaled(Relative):
         return y * self.scale.to(y.dtype)
 
 
-class Biased(Relative):
+class Biased(AdapterLayer):
     """Output plus a trained change of the bias, (out,)."""
 
     def __init__(self, base_layer: nn.Module):
@@ -359,7 +258,7 @@ class Biased(Relative):
         return y + self.change.to(y.dtype)
 
 
-class Bottleneck(Relative):
+class Bottleneck(AdapterLayer):
     """h + up(gelu(down(h))), h the output (..., C)."""
 
     def __init__(self, base_layer: nn.Module, size: int):
@@ -376,7 +275,7 @@ class Bottleneck(Relative):
         return h + F.linear(F.gelu(F.linear(h, *down)), *up)  # (..., C) -> (..., m) -> (..., C)
 
 
-class WrappedDecoder(Wrapper, Relative):
+class WrappedDecoder(Wrapper, AdapterLayer):
     """The decoder with virtual tokens before its text; otherwise it looks as it did."""
 
     @property
@@ -426,7 +325,7 @@ class PrefixedDecoder(WrappedDecoder):
         L, two, K, n, D = self.shape
         return self.mlp(self.prefix).view(n, L, two, K, D).permute(1, 2, 3, 0, 4)
 
-    def kept(self) -> dict[str, Tensor]:
+    def saved(self) -> dict[str, Tensor]:
         return {"prefix": self.keys_values()}
 
     def forward(self, ids: Tensor, cache=None) -> Tensor:

@@ -4,7 +4,9 @@ Read in greyscale as well as in colour: series differ in shade, dash and marker;
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -13,15 +15,31 @@ from matplotlib.ticker import LogFormatterSciNotation
 
 from .tables import wrapped
 
+if TYPE_CHECKING:
+    from .memory.bill import Bill
+    from .memory.fitting import Verdict
+
 SHADES = ("#111111", "#d1495b", "#30638e", "#9a8c2c", "#7d7d7d", "#8e44ad")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "x")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "++", "--")
 
-matplotlib.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                        "grid.alpha": 0.3, "legend.frameon": False, "lines.markersize": 5}
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+         "legend.frameon": False, "lines.markersize": 5}
 
 
+def styled(draw: Callable) -> Callable:
+    """The function, under our style: matplotlib's own settings are the user's, and stay as they are."""
+
+    @wraps(draw)
+    def drawn(*args, **kwargs):
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@styled
 def show(fig: Figure, sentence: str) -> None:
     """Show the figure in a notebook, with `sentence` as its alternative text, and print the sentence."""
     from IPython.display import Image, display  # only a notebook needs it
@@ -39,6 +57,7 @@ def canvas(title: str, xlabel: str = "", ylabel: str = "", width: float = 6.4, h
     return fig, axes
 
 
+@styled
 def lines(x: Sequence, series: Mapping[str, Sequence], *, title: str, xlabel: str, ylabel: str, logx: bool = False,
           logy: bool = False, dots: Sequence[str] = (), limit: tuple[str, float] | None = None,
           bands: Mapping[str, tuple[Sequence, Sequence]] = {}) -> Figure:
@@ -86,6 +105,7 @@ class PlainLog(LogFormatterSciNotation):
         return f"{x:g}" if label and 1e-4 <= x < 1e6 else label
 
 
+@styled
 def bars(groups: Sequence[str], series: Mapping[str, Sequence], *, title: str, ylabel: str, xlabel: str = "",
          stacked: bool = False, logy: bool = False, dots: tuple[str, Sequence] | None = None,
          width: float = 6.4) -> Figure:
@@ -115,6 +135,7 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence], *, title: str, y
     return fig
 
 
+@styled
 def grid(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, title: str, xlabel: str,
          ylabel: str, unit: str, form: str = "{:.0f}") -> Figure:
     """A table of numbers as shaded cells, each with its number written in it."""
@@ -137,7 +158,8 @@ def grid(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequen
 GIB = 2**30
 
 
-def bills(bills: Mapping[str, "Bill"], *, title: str = "What a training step holds at its peak",  # noqa: F821
+@styled
+def bills(bills: Mapping[str, "Bill"], *, title: str = "What a training step holds at its peak",
           limit: tuple[str, float] | None = None) -> tuple[Figure, str]:
     """Bills (`memory.estimate`) as stacked bars, part by part. `limit`: (label, bytes) of a line, say a card's size."""
     shares = [(part, size / bill.peak) for bill in bills.values() for part, size in bill.parts.items()]
@@ -152,6 +174,7 @@ def bills(bills: Mapping[str, "Bill"], *, title: str = "What a training step hol
                           for name, bill in bills.items())
 
 
+@styled
 def timeline(points: Sequence[tuple[int, str]], *, title: str = "Bytes held, operator by operator",
              limit: tuple[str, float] | None = None) -> tuple[Figure, str]:
     """The live bytes of one step, from (bytes, phase) of each moment: `memory.bill.timeline`, or a trace's."""
@@ -172,7 +195,8 @@ def timeline(points: Sequence[tuple[int, str]], *, title: str = "Bytes held, ope
     return fig, f"the peak of {size[at]:.2f} GiB falls in the {phases[at]}, at moment {at:,} of {len(size):,}"
 
 
-def fit_grid(verdicts: Mapping[str, Mapping[str, "Verdict"]], *, title: str,  # noqa: F821
+@styled
+def fit_grid(verdicts: Mapping[str, Mapping[str, "Verdict"]], *, title: str,
              xlabel: str = "", ylabel: str = "") -> tuple[Figure, str]:
     """row -> column -> `memory.fitting.judge`'s verdict, as cells that say what is needed, in GiB; light is what fits."""
     rows, columns = list(verdicts), list(next(iter(verdicts.values())))
@@ -192,6 +216,7 @@ def fit_grid(verdicts: Mapping[str, Mapping[str, "Verdict"]], *, title: str,  # 
     return fig, ", ".join(f"{n} of {values.size} {answer}" for answer, n in count.items())
 
 
+@styled
 def levels(values: Sequence[float], kinds: Mapping[str, Sequence[float]], *, title: str, xlabel: str,
            within: float = 0.5) -> tuple[Figure, str]:
     """A histogram of weights over their block's absmax, over the levels of each kind.
@@ -216,9 +241,12 @@ def levels(values: Sequence[float], kinds: Mapping[str, Sequence[float]], *, tit
     counts = " and ".join(f"{int((np.abs(at) < within).sum())} of {len(at)} levels of {name}"
                           for name, at in kinds.items())
     return fig, f"{near:.0%} of the weights are nearer to zero than {within:g} of their absmax; so are {counts}"
+
+
 # ---------------------------------------------------------------- notebook 07
 
 
+@styled
 def symptom_grid(cells: Mapping[str, Mapping[str, tuple[str, bool]]], *, title: str) -> tuple[Figure, str]:
     """fault -> symptom -> (what was seen, whether it is out of order), as cells; dark is out of order."""
     rows, columns = list(cells), list(next(iter(cells.values())))
@@ -244,6 +272,7 @@ def symptom_grid(cells: Mapping[str, Mapping[str, tuple[str, bool]]], *, title: 
 # ---------------------------------------------------------------- notebook 12
 
 
+@styled
 def tradeoff(sizes: Mapping[str, int], quality: Mapping[str, Mapping[str, float]], notes: Mapping[str, str], *,
              title: str, ylabel: str) -> tuple[Figure, str]:
     """Quality against trained parameters (logarithmic), one panel a task.

@@ -246,7 +246,8 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, y: Tensor, targets: Tensor, counted: Tensor, head: nn.Module, wanted: bool,
                 *trained: Tensor) -> Tensor:
         dy = torch.empty_like(y) if wanted and ctx.needs_input_grad[0] else None  # (N, C)
-        sums, loss = [torch.zeros_like(p) for p in trained], torch.zeros((), device=y.device)
+        sums = [torch.zeros_like(p) for p in trained]
+        loss = torch.zeros((), device=y.device, dtype=torch.promote_types(y.dtype, torch.float32))
         for start in range(0, len(y), LOSS_CHUNK):
             piece = slice(start, start + LOSS_CHUNK)
             rows = y[piece].detach().requires_grad_(dy is not None)  # (n, C)

@@ -9,7 +9,6 @@ import ctypes
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,6 +68,17 @@ def size_of(text: str) -> int:
 # ---------------------------------------------------------------- what a process holds
 
 
+def check_system(device: torch.device) -> None:
+    """What host memory a process takes is counted and limited as Linux does it; on CUDA torch does both.
+
+    Raises:
+        ValueError: the run is to take place in host memory, on another system.
+    """
+    if device.type != "cuda" and sys.platform != "linux":
+        raise ValueError(f"a run on the CPU is measured through Linux's /proc, which {sys.platform} does not have; "
+                         "expected --plan, or --device cuda")
+
+
 def bytes_of(what: str) -> int:
     """A line of Linux's /proc/self/status in bytes: "RssAnon", the anonymous memory; "VmData", all that is its own."""
     return int(re.search(rf"^{what}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1]) * 1024
@@ -120,9 +130,13 @@ class Peak:
 def budget_of(device: torch.device, budget: int | None) -> Iterator[None]:
     """Inside it an allocation beyond the budget fails: CUDA's share of the card, else the process's own data
     (RLIMIT_DATA, which counts what is asked for, touched or not). The failure is one ValueError."""
-    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    on_card = device.type == "cuda"
+    if not on_card:
+        import resource  # Windows has none; `check_system` has said so
+
+        limits = resource.getrlimit(resource.RLIMIT_DATA)
     try:
-        if budget and device.type == "cuda":
+        if budget and on_card:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
         elif budget:
@@ -133,9 +147,10 @@ def budget_of(device: torch.device, budget: int | None) -> Iterator[None]:
             raise
         raise ValueError(f"the run did not fit into its budget of {bytes_text(budget)}: {e}") from None
     finally:
-        if budget and device.type == "cuda":
+        if budget and on_card:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
-        resource.setrlimit(resource.RLIMIT_DATA, limits)
+        if not on_card:
+            resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
 # ---------------------------------------------------------------- the run
@@ -228,6 +243,7 @@ def stream_command(parser, arguments: list[str]) -> None:
     if not o.json:
         print(f"{bill.spec.name}: {bill.spec.parameters:,} weights\n\nThe plan\n\n{bill}\n\n{verdict}\n", flush=True)
     if not o.plan:
+        check_system(device)
         if o.store:
             build_store(source, o.store, o.quantise, device=device, progress=not o.json and sys.stderr.isatty())
             store = Store.open(o.store, hold=base == "host")

@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from . import distributed
 from .config import is_number, require
-from .helpdesk import DATA, IGNORE, check_name, endless_batches, evaluate, load_task, tokenizer
+from .helpdesk import IGNORE, check_name, endless_batches, evaluate, load_task, tokenizer
 from .llama import Llama, LlamaConfig
+from .shipped import written
 
 SCHEDULES = {
     "constant": lambda share: 1.0,
@@ -314,7 +315,7 @@ def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: fl
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m minilora.train", description="Pretrain the base of the notebooks.")
-    parser.add_argument("--folder", type=Path, default=DATA)
+    parser.add_argument("--folder", type=Path, help="where to; data/ of the checkout by default")
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--more", type=int, default=2000)
     parser.add_argument("--early", type=int, default=300)
@@ -323,7 +324,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parallel", choices=distributed.WAYS, help="under torchrun: how its processes share the model")
     try:
-        pretrain(**vars(parser.parse_args(arguments)))
+        options = vars(parser.parse_args(arguments))
+        pretrain(written(options.pop("folder"), "the base"), **options)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun one speaks
             print(f"minilora.train: {error}", file=sys.stderr)

@@ -55,7 +55,7 @@ def adapter_of(spectra: dict[str, list[float]], folder: Path, rank: int, seed: i
     torch.manual_seed(seed)
     tensors = {}
     for name, S in spectra.items():
-        keys, S = keys_of(name, "linear", False), torch.tensor(S + [0.0] * (rank - len(S)))
+        keys, S = keys_of(name, "linear"), torch.tensor(S + [0.0] * (rank - len(S)))
         U, V = (torch.linalg.qr(torch.randn(100, rank))[0] for _ in range(2))
         tensors |= {keys["lora_A"]: V.T.contiguous(), keys["lora_B"]: (U * S).contiguous()}
     config = LoRAConfig(rank, settings.pop("alpha", rank), tuple({n.rpartition(".")[2] for n in spectra}), **settings)
@@ -525,7 +525,7 @@ def test_wrong_commands_say_one_line_and_do_nothing(line, world, monkeypatch, ca
 
 
 def contradictions() -> dict:
-    A, B = (keys_of("up_proj", "linear", False)[own] for own in ("lora_A", "lora_B"))
+    A, B = (keys_of("up_proj", "linear")[own] for own in ("lora_A", "lora_B"))
     good = {A: torch.ones(4, 9), B: torch.ones(7, 4)}
     return {
         "no B": ({A: good[A]}, "lacks base_model.model.up_proj.lora_B.weight"),

@@ -413,7 +413,7 @@ def merge_errors(dtype: torch.dtype, options: dict, size: float) -> dict[str, fl
     shake(ours, size)
     layer = ours[0]
     exact = base[0].weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
-    if layer.use_dora:
+    if layer.variant == "dora":
         exact = layer.lora_magnitude.double()[:, None] * exact / exact.norm(dim=1, keepdim=True)
     merge(ours)
     found = {"ours": layer.base_layer.weight}
@@ -423,7 +423,7 @@ def merge_errors(dtype: torch.dtype, options: dict, size: float) -> dict[str, fl
         with torch.no_grad():
             peft_layer.lora_A["default"].weight.copy_(layer.lora_A)
             peft_layer.lora_B["default"].weight.copy_(layer.lora_B)
-            if layer.use_dora:
+            if layer.variant == "dora":
                 peft_layer.lora_magnitude_vector["default"].weight.copy_(layer.lora_magnitude)
         found[name] = theirs.merge_and_unload(safe_merge=name == "safe")[0].weight
     return {name: (W.double() - exact).norm().item() for name, W in found.items()}

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import our_llama
+from small import our_llama, roundings
 
 from minilora import LoRAConfig, inject, llama, merge
 from minilora.llama import Cache, Llama, LlamaConfig
@@ -145,6 +145,12 @@ def test_rope_settings_of_older_transformers(tmp_path):
     assert plain.rope_scaling is None and plain.rope_theta == 500000.0
 
 
+def test_rotary_frequencies_fall_from_one_to_one_over_theta():
+    """theta ** (-2 i / D) radians a position, for pair i of D / 2 (RoFormer, 3.2.2)."""
+    config = LlamaConfig(**SIZES, rope_theta=1000.0)  # D is 8
+    assert llama.rope_frequencies(config).tolist() == pytest.approx([1000 ** (-i / 4) for i in range(4)], rel=1e-6)
+
+
 @pytest.mark.parametrize("kind, settings, context", [
     ("mistral", {"sliding_window": 8}, 8), ("mistral", {"sliding_window": 4096}, 64), ("mistral", {}, 64),
     ("qwen2", {"sliding_window": 8}, 64), ("qwen2", {"sliding_window": 8, "use_sliding_window": True}, 8)])
@@ -160,7 +166,7 @@ def test_sixteen_bit_files(tmp_path):
     narrow, wide = Llama.from_pretrained(tmp_path), Llama.from_pretrained(tmp_path, torch.float32)
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16} and narrow(IDS).dtype == torch.bfloat16
     assert all(torch.equal(a.float(), b) for a, b in zip(narrow.parameters(), wide.parameters(), strict=True))
-    assert torch.equal(narrow(IDS), model(IDS).logits) and not torch.equal(narrow(IDS).float(), wide(IDS))
+    assert roundings(narrow(IDS), model(IDS).logits) <= 8 and not torch.equal(narrow(IDS).float(), wide(IDS))
     assert narrow.generate(IDS[:, :5], 5).shape == (3, 5)
 
 

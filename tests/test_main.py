@@ -3,10 +3,13 @@
 import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
-from minilora.__main__ import COMMANDS, main
+from minilora import __version__, cli
+from minilora.cli import COMMANDS, main
 
 
 def test_without_a_command_it_lists_them_all(capsys):
@@ -22,6 +25,41 @@ def test_a_wrong_word_is_one_line(arguments, said, capsys):
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert re.search(said, err)
+
+
+def test_it_says_its_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"minilora {__version__}\n"
+
+
+def needs(package):
+    def command(parser, arguments):
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    return type("room", (), {"models_command": staticmethod(command)})
+
+
+@pytest.mark.parametrize("package, wanted", [
+    ("matplotlib.figure", "matplotlib, which is not installed: pip install 'minilora[notebooks]'"),
+    ("transformers", "transformers, which is not installed: pip install 'minilora[hf]'"),
+    ("IPython", "IPython, which is not installed: pip install 'minilora[notebooks]'"),
+    ("nbgrader", "nbgrader, which is not installed: pip install 'minilora[teach]'"),
+    ("bitsandbytes", "bitsandbytes, which is not installed: pip install bitsandbytes")])
+def test_a_package_that_is_not_there_is_one_line(package, wanted, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "import_module", lambda name: needs(package))
+    assert main(["models"]) == 2
+    assert capsys.readouterr() == ("", f"minilora models: this needs {wanted}\n")
+
+
+def test_a_room_of_ours_that_is_not_there_is_no_missing_package(monkeypatch):
+    monkeypatch.setattr(cli, "import_module", lambda name: needs("minilora.room"))
+    with pytest.raises(ModuleNotFoundError, match="minilora.room"):
+        main(["models"])
+
+
+def test_every_extra_that_is_named_is_there():
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in cli.EXTRAS.items():
+        assert any(package.lower() in line.lower() for line in extras[extra]), (package, extra)
 
 
 def test_a_reader_that_has_had_enough_is_no_error():

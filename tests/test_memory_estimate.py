@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -231,6 +230,20 @@ def test_what_a_layer_keeps(name, method, dtype, expected):
     assert kept == expected(spec.hidden, spec.kv_heads * spec.head_dim, spec.ffn) + 4 * spec.heads + 1024 / 2048
 
 
+def test_a_lora_layer_makes_x_a_t_in_forward_and_again_in_backward():
+    """Too small for the peak, so they are counted: x A^T, its gradient and x A^T again, in the plan as in the trace."""
+    config = LlamaConfig(64, 64, 176, 2, 4, num_key_value_heads=2, max_position_embeddings=128)
+    run, thin = Training("lora", 7, ALL, seq=100), 100 * 7 * 2  # bytes, of no other tensor
+    ledger = simulate_step(ModelSpec.from_config(config.to_hf()), run, 2)
+    with fake():
+        step = training_step(config, run.method, run.rank, ALL, run.batch, run.seq)
+        step()
+    with trace() as t:
+        step()
+    born = sum(sign > 0 and block.bytes == thin for block, sign, *_ in t.events)
+    assert born == sum(item.bytes == -(-thin // 512) * 512 for item in ledger.items) == 3 * 2 * 7
+
+
 def test_autocast_s_trap():
     """It caches casts of what trains alone: a frozen fp32 weight costs 6 bytes a parameter, its uncached cast kept."""
     spec = ModelSpec.preset("llama-2-7b")
@@ -326,17 +339,12 @@ def test_four_bit_bytes_are_what_quant_stores():
 
 
 def test_175b_is_answered_at_once_without_torch():
-    """A whole command in under 0.3 s of CPU, Python's start included; the best of five."""
+    """Some tens of small modules are all that is read: the import that would take seconds, torch's, is not there."""
     command = [sys.executable, "-X", "importtime", "-m", "minilora", "memory", "--model", "gpt3-175b", "--json"]
-    seconds = []
-    for _ in range(5):
-        start = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        end = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["peak"] > 350e9
     assert " torch" not in done.stderr and " numpy" not in done.stderr
-    assert min(seconds) < 0.3
+    assert done.stderr.count("import time:") < 200
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from small import IDS, MLP, SIZES, gpt2, hf_llama, logits, our_llama, same, state
 from torch import nn
 
-from minilora import LoRAConfig, peft_methods, load_adapter, report
-from minilora.peft_methods import (IA3, BitFit, BottleneckAdapters, PrefixTuning, PromptTuning, insert, load, remove,
-                             save, trainable_parameters)
+from minilora import (AdapterBank, LoRAConfig, inject, load_adapter, lora_parameters, merge, peft_methods, remove, report,
+                      save_adapter)
+from minilora.adapter_tools import inspect_adapter
+from minilora.injection import adapter_layers
+from minilora.peft_methods import IA3, BitFit, BottleneckAdapters, PrefixTuning, PromptTuning
 from minilora.llama import Llama, LlamaConfig
 from minilora.quant import quantise_model
 
@@ -46,7 +48,7 @@ METHODS = pytest.mark.parametrize("method", [method for method, _ in COUNTS], id
 
 @torch.no_grad()
 def shake(model: nn.Module, size: float = 0.3) -> nn.Module:
-    for p in trainable_parameters(model):
+    for p in lora_parameters(model):
         p.add_(torch.randn_like(p) * size)
     return model
 
@@ -60,15 +62,15 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 
 @METHODS
 def test_trainable_counts_are_the_papers(method):
-    model = insert(our_llama(), method)
-    assert sum(p.numel() for p in trainable_parameters(model)) == report(model).trainable == count(method)
+    model = inject(our_llama(), method)
+    assert sum(p.numel() for p in lora_parameters(model)) == report(model).trainable == count(method)
 
 
 @METHODS
 def test_only_the_method_trains_and_the_base_gets_no_gradient(method):
-    model = insert(our_llama(), method)
+    model = inject(our_llama(), method)
     before = {id(p): p.detach().clone() for p in model.parameters()}
-    trained = trainable_parameters(model)
+    trained = lora_parameters(model)
     optimizer, losses = torch.optim.Adam(trained, lr=0.03), []
     for _ in range(20):
         loss = loss_of(model)
@@ -88,7 +90,7 @@ def test_removing_gives_back_the_very_model(method):
     model = our_llama()
     model.model.norm.weight.requires_grad_(False)
     before = state(model)
-    shake(insert(model, method))
+    shake(inject(model, method))
     assert not same(before, state(model))
     assert remove(model) is model
     assert same(before, state(model))
@@ -96,25 +98,25 @@ def test_removing_gives_back_the_very_model(method):
 
 @pytest.mark.parametrize("method", [IA3(), BitFit(add=True), LoRAConfig()], ids=name_of)
 def test_equal_at_birth_bit_for_bit(method):
-    base, model = our_llama(), insert(our_llama(), method)
+    base, model = our_llama(), inject(our_llama(), method)
     assert torch.equal(logits(model), logits(base))
     assert not torch.equal(logits(shake(model)), logits(base))
 
 
 @METHODS
 def test_saved_and_loaded_it_computes_the_same(method, tmp_path):
-    model = shake(insert(our_llama(), method))
-    save(model, tmp_path / "it")
-    again = load(our_llama(), tmp_path / "it")
+    model = shake(inject(our_llama(), method))
+    save_adapter(model, tmp_path / "it")
+    again = load_adapter(our_llama(), tmp_path / "it")
     assert torch.equal(logits(again), logits(model)) and not torch.equal(logits(again), logits(our_llama()))
-    save(again, tmp_path / "twice")
+    save_adapter(again, tmp_path / "twice")
     first, second = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("it", "twice"))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 @METHODS
 def test_generation_with_the_cache_equals_generation_without(method):
-    model = shake(insert(our_llama(), method))
+    model = shake(inject(our_llama(), method))
     ids = IDS
     for _ in range(6):
         ids = torch.cat((ids, logits(model, ids)[:, -1:].argmax(-1)), dim=1)
@@ -123,12 +125,12 @@ def test_generation_with_the_cache_equals_generation_without(method):
 
 @METHODS
 def test_checkpointing_changes_no_gradient(method):
-    model, grads = shake(insert(our_llama(), method)), []
+    model, grads = shake(inject(our_llama(), method)), []
     for on in (False, True):
         model.model.checkpointing = on
         model.zero_grad()
         loss_of(model).backward()
-        grads.append([p.grad.clone() for p in trainable_parameters(model)])
+        grads.append([p.grad.clone() for p in lora_parameters(model)])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     remove(model)
     assert model.model.checkpointing is True
@@ -136,7 +138,7 @@ def test_checkpointing_changes_no_gradient(method):
 
 @METHODS
 def test_a_copy_is_a_model_of_its_own(method):
-    model = insert(our_llama(), method)
+    model = inject(our_llama(), method)
     twin = copy.deepcopy(model)
     before = logits(model)
     assert torch.equal(logits(twin), before)
@@ -147,21 +149,21 @@ def test_a_copy_is_a_model_of_its_own(method):
 
 @METHODS
 def test_on_bfloat16_what_trains_is_fp32(method):
-    model = insert(our_llama().bfloat16(), method)
-    assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
+    model = inject(our_llama().bfloat16(), method)
+    assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
     assert logits(model).dtype == torch.bfloat16
     loss_of(model).backward()
-    assert all(p.grad.isfinite().all() for p in trainable_parameters(model))
-    reference = logits(insert(our_llama(), BitFit(add=True)))
-    assert (logits(insert(our_llama().bfloat16(), BitFit(add=True))) - reference).abs().max() < 0.02
+    assert all(p.grad.isfinite().all() for p in lora_parameters(model))
+    reference = logits(inject(our_llama(), BitFit(add=True)))
+    assert (logits(inject(our_llama().bfloat16(), BitFit(add=True))) - reference).abs().max() < 0.02
     assert model.generate(IDS, 2).shape == (3, 2)
 
 
 @METHODS
 def test_on_a_base_in_four_bits(method):
-    model = insert(quantise_model(our_llama()), method)
+    model = inject(quantise_model(our_llama()), method)
     loss_of(model).backward()
-    assert all(p.grad is not None for p in trainable_parameters(model))
+    assert all(p.grad is not None for p in lora_parameters(model))
     assert torch.equal(logits(remove(model)), logits(quantise_model(our_llama())))
 
 
@@ -171,7 +173,7 @@ def test_on_a_base_in_four_bits(method):
 @pytest.mark.parametrize("method", [PromptTuning, PrefixTuning])
 def test_virtual_tokens_that_start_as_words_act_as_those_words(method):
     words = [7, 3, 60, 3]
-    model = insert(our_llama(), method(init_ids=words))
+    model = inject(our_llama(), method(init_ids=words))
     with_words = torch.cat((torch.tensor(words).expand(3, -1), IDS), dim=1)
     expected = logits(our_llama(), with_words)[:, 4:]
     assert torch.allclose(logits(model), expected, atol=1e-6)
@@ -180,26 +182,26 @@ def test_virtual_tokens_that_start_as_words_act_as_those_words(method):
 
 
 def test_a_prefix_reaches_every_layer_and_a_prompt_only_the_first():
-    prefixed, prompted = (insert(our_llama(), m(N)) for m in (PrefixTuning, PromptTuning))
+    prefixed, prompted = (inject(our_llama(), m(N)) for m in (PrefixTuning, PromptTuning))
     loss_of(prefixed).backward()
-    grad = trainable_parameters(prefixed)[0].grad
+    grad = lora_parameters(prefixed)[0].grad
     assert grad.shape == (L, 2, KV // D, N, D) and (grad.flatten(2).norm(dim=2) > 0).all()
-    assert trainable_parameters(prompted)[0].shape == (N, C)
+    assert lora_parameters(prompted)[0].shape == (N, C)
 
 
 def test_the_mlp_of_a_prefix_makes_it_and_is_not_saved(tmp_path):
-    model = shake(insert(our_llama(), PrefixTuning(N, hidden=12)))
-    save(model, tmp_path)
+    model = shake(inject(our_llama(), PrefixTuning(N, hidden=12)))
+    save_adapter(model, tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert {k: tuple(t.shape) for k, t in stored.items()} == {"model.prefix": (L, 2, KV // D, N, D)}
     mlp, start = model.model.mlp, model.model.prefix
     made = mlp[2](torch.tanh(mlp[0](start)))  # (N, L 2 K D)
     assert torch.allclose(made.view(N, L, 2, KV // D, D)[3, 1, 0], stored["model.prefix"][1, 0, :, 3])
-    assert sum(p.numel() for p in trainable_parameters(load(our_llama(), tmp_path))) == count(PrefixTuning(N))
+    assert sum(p.numel() for p in lora_parameters(load_adapter(our_llama(), tmp_path))) == count(PrefixTuning(N))
 
 
 def test_ia3_scales_keys_values_and_the_inside_of_the_mlp():
-    model, plain = insert(our_llama(), IA3()), our_llama()
+    model, plain = inject(our_llama(), IA3()), our_llama()
     shake(model)
     with torch.no_grad():
         for ours, base in zip(model.model.layers, plain.model.layers):
@@ -210,7 +212,7 @@ def test_ia3_scales_keys_values_and_the_inside_of_the_mlp():
 
 
 def test_bottlenecks_stand_behind_attention_and_mlp_and_start_near_zero():
-    model = insert(our_llama(), BottleneckAdapters(6))
+    model = inject(our_llama(), BottleneckAdapters(6))
     found = {n: m for n, m in model.named_modules() if isinstance(m, peft_methods.Bottleneck)}
     assert sorted(n.rsplit(".", 1)[1] for n in found) == ["down_proj", "down_proj", "o_proj", "o_proj"]
     for m in found.values():
@@ -226,8 +228,8 @@ def test_bottlenecks_stand_behind_attention_and_mlp_and_start_near_zero():
 
 def test_bitfit_trains_every_bias_there_is():
     model = Llama(LlamaConfig(num_key_value_heads=2, attention_bias=True, **SIZES), seed=0)
-    insert(model, BitFit())
-    assert sum(p.numel() for p in trainable_parameters(model)) == L * (C + 2 * KV)  # q, k and v
+    inject(model, BitFit())
+    assert sum(p.numel() for p in lora_parameters(model)) == L * (C + 2 * KV)  # q, k and v
     shake(model)
     plain = Llama(model.config, seed=0)
     with torch.no_grad():
@@ -239,8 +241,8 @@ def test_bitfit_trains_every_bias_there_is():
 
 def test_bitfit_on_a_model_of_another_kind():
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), MLP(6, 5, 3))
-    insert(model, BitFit())
-    assert [p.numel() for p in trainable_parameters(model)] == [6, 6, 5, 3]
+    inject(model, BitFit())
+    assert [p.numel() for p in lora_parameters(model)] == [6, 6, 5, 3]
 
 
 # Beside the peft package
@@ -261,7 +263,7 @@ def trainable_count(model: nn.Module) -> int:
 
 
 def test_prompt_tuning_equals_pefts(twins):
-    ours, theirs = insert(twins[0], PromptTuning(N)), peft.get_peft_model(
+    ours, theirs = inject(twins[0], PromptTuning(N)), peft.get_peft_model(
         twins[1], peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N))
     assert trainable_count(theirs) == count(PromptTuning(N)) == trainable_count(ours)
     ours.model.prompt.data.copy_(theirs.prompt_encoder["default"].embedding.weight)
@@ -272,7 +274,7 @@ def test_prompt_tuning_equals_pefts(twins):
 def test_prefix_tuning_equals_pefts(twins, hidden):
     config = {"prefix_projection": True, "encoder_hidden_size": hidden} if hidden else {}
     method = PrefixTuning(N, hidden=hidden)
-    ours, theirs = insert(twins[0], method), peft.get_peft_model(
+    ours, theirs = inject(twins[0], method), peft.get_peft_model(
         twins[1], peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N, **config))
     assert trainable_count(theirs) == count(method) == trainable_count(ours)
     encoder = theirs.prompt_encoder["default"]
@@ -291,10 +293,10 @@ def test_prefix_tuning_equals_pefts(twins, hidden):
 
 
 def test_ia3_equals_pefts(twins):
-    ours, theirs = insert(twins[0], IA3()), peft.get_peft_model(twins[1], peft.IA3Config(task_type="CAUSAL_LM"))
+    ours, theirs = inject(twins[0], IA3()), peft.get_peft_model(twins[1], peft.IA3Config(task_type="CAUSAL_LM"))
     assert trainable_count(theirs) == count(IA3()) == trainable_count(ours)
     shake(ours)
-    for name, wrapper in peft_methods.relatives(ours).items():
+    for name, wrapper in adapter_layers(ours).items():
         place = theirs.base_model.model.get_submodule(name).ia3_l["default"]
         place.data.copy_(wrapper.scale.view(place.shape))
     assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
@@ -302,7 +304,7 @@ def test_ia3_equals_pefts(twins):
 
 def test_ia3_and_bottlenecks_go_onto_transformers_llama_too():
     for method in (IA3(), BottleneckAdapters(6), BottleneckAdapters(6, norms=True)):
-        model = insert(hf_llama(), method)
+        model = inject(hf_llama(), method)
         assert trainable_count(model) == count(method)
         assert torch.allclose(logits(model), logits(hf_llama()), atol=1e-2)
 
@@ -336,27 +338,27 @@ def test_bad_settings(make, message):
     (lambda: MLP(), BottleneckAdapters(4), "no linear called o_proj"),
     (our_llama, BottleneckAdapters(32), "size must be below the width 32, got 32"),
     (lambda: nn.Sequential(nn.Conv1d(2, 3, 1)), BitFit(), "a bias must be a linear's or a LayerNorm's"),
-    (lambda: insert(our_llama(), IA3()), PromptTuning(4), "has adapters already"),
-    (lambda: insert(our_llama(), LoRAConfig()), IA3(), "has adapters already"),
-    (lambda: insert(our_llama(), IA3()), LoRAConfig(), "has adapters already"),
+    (lambda: inject(our_llama(), IA3()), PromptTuning(4), "has adapters already"),
+    (lambda: inject(our_llama(), LoRAConfig()), IA3(), "has adapters already"),
+    (lambda: inject(our_llama(), IA3()), LoRAConfig(), "has adapters already"),
     (our_llama, LoRAConfig(target_modules=("q",)), "matches no module"),
 ])
 def test_after_an_error_a_model_is_as_it_was(make, method, message):
     model = make()
     before = state(model)
     with pytest.raises(ValueError, match=message):
-        insert(model, method)
+        inject(model, method)
     assert same(before, state(model))
 
 
-@pytest.mark.parametrize("call", [remove, trainable_parameters, lambda m: save(m, "nowhere")])
+@pytest.mark.parametrize("call", [remove, lora_parameters, lambda m: save_adapter(m, "nowhere")])
 def test_a_plain_model_has_nothing_to_remove_or_save(call):
     with pytest.raises(ValueError, match="has no adapters"):
         call(our_llama())
 
 
 def test_more_text_than_the_virtual_tokens_leave_room_for():
-    model = insert(Llama(LlamaConfig(max_position_embeddings=16, **SIZES), seed=0), PromptTuning(9))
+    model = inject(Llama(LlamaConfig(max_position_embeddings=16, **SIZES), seed=0), PromptTuning(9))
     with pytest.raises(ValueError, match="17 tokens are more than the context of 16"):
         model(IDS)
 
@@ -380,39 +382,48 @@ K0 = "model.layers.0.self_attn.k_proj.scale"
     (lambda t, c: c.update(method="BottleneckAdapters", settings={"size": -1}), "size must be a positive integer"),
     (lambda t, c: c.update(method="BottleneckAdapters", settings={"size": 10**15}), "size must be below the width 32"),
     (lambda t, c: c.update(method="PrefixTuning", settings={"hidden": 10**15}), "model.prefix is missing"),
-    (lambda t, c: c.update(peft_type="VERA"), "peft_type 'VERA'; only 'LORA' can be loaded"),
+    (lambda t, c: c.update(peft_type="LOHA"), "peft_type 'LOHA'; only 'LORA' or .*'MINILORA' can be loaded"),
     (lambda t, c: t.pop(K0), f"{K0} is missing"),
     (lambda t, c: t.update(more=torch.ones(2)), "'more' has no place in the model"),
     (lambda t, c: t.update({K0: torch.ones(3)}), r"k_proj.scale has shape \(3,\), the model needs \(16,\)"),
     (lambda t, c: t.update({K0: torch.full((16,), torch.nan)}), "not all finite"),
 ])
 def test_a_damaged_folder_is_refused_and_changes_nothing(change, message, tmp_path):
-    save(insert(our_llama(), IA3()), tmp_path)
+    save_adapter(inject(our_llama(), IA3()), tmp_path)
     edit(tmp_path, change)
     model = our_llama()
     before = state(model)
     with pytest.raises(ValueError, match=message):
-        load(model, tmp_path)
+        load_adapter(model, tmp_path)
     assert same(before, state(model))
 
 
 def test_another_base_is_refused(tmp_path):
-    save(insert(our_llama(), IA3()), tmp_path)
+    save_adapter(inject(our_llama(), IA3()), tmp_path)
     other = Llama(our_llama().config, seed=1)
     with pytest.raises(ValueError, match="trained on another base: other weights"):
-        load(other, tmp_path)
-    assert trainable_count(load(other, tmp_path, any_base=True)) == count(IA3())
+        load_adapter(other, tmp_path)
+    assert trainable_count(load_adapter(other, tmp_path, any_base=True)) == count(IA3())
 
 
-def test_a_lora_loader_refuses_a_relative_by_name(tmp_path):
-    save(insert(our_llama(), IA3()), tmp_path)
-    with pytest.raises(ValueError, match="peft_type 'MINILORA'; only 'LORA' can be loaded"):
-        load_adapter(our_llama(), tmp_path)
+def test_what_takes_lora_alone_refuses_a_relative_by_name(tmp_path):
+    save_adapter(inject(our_llama(), IA3()), tmp_path)
+    bank = AdapterBank(our_llama())
+    for call in (lambda: bank.load("a", tmp_path), lambda: inspect_adapter(tmp_path)):
+        with pytest.raises(ValueError, match="peft_type 'MINILORA'; only 'LORA'.* can be loaded here"):
+            call()
+    assert torch.equal(logits(bank.model), logits(our_llama()))
+
+
+def test_what_only_lora_can_do_is_refused_by_name():
+    model = inject(our_llama(), IA3())
+    with pytest.raises(ValueError, match=r"the adapter at .*k_proj is no LoRA.*got IA3\(\)"):
+        merge(model)
 
 
 def test_what_diverged_is_not_saved(tmp_path):
-    model = insert(our_llama(), PromptTuning(4))
+    model = inject(our_llama(), PromptTuning(4))
     model.model.prompt.data[1, 2] = torch.inf
     with pytest.raises(ValueError, match="model.prompt holds NaN or infinite values"):
-        save(model, tmp_path / "new")
+        save_adapter(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -1,5 +1,8 @@
 """Figures: what is drawn is what was given."""
 
+import importlib
+
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from minilora import plots
@@ -42,3 +45,11 @@ def test_the_symptom_grid_says_whether_its_rows_can_be_told_apart():
     assert "well: 0 of 2; ill: 1 of 2" in sentence and sentence.endswith("other cells: True.")
     assert [t.get_text() for t in fig.axes[0].texts] == ["0.1", "99%", "0.1", "2%"]
     assert plots.symptom_grid({**cells, "also": cells["ill"]}, title="t")[1].endswith("other cells: False.")
+
+
+def test_matplotlibs_own_settings_stay():
+    before = dict(matplotlib.rcParams)
+    fresh = importlib.reload(plots)
+    fig = fresh.bars(["a", "b"], {"x": [1, 2]}, title="t", ylabel="y")
+    assert dict(matplotlib.rcParams) == before
+    assert not before["axes.grid"] and not fig.axes[0].spines["top"].get_visible()  # the figure has our style

@@ -20,9 +20,8 @@ from minilora import (LoRAConfig, fingerprint, inject, load_adapter, lora_parame
                       save_adapter)
 from minilora import stream, weight_store
 from minilora.__main__ import main
+from minilora.injection import adapter_layers
 from minilora.peft_methods import IA3, BitFit, PromptTuning
-from minilora.peft_methods import insert as insert_relative
-from minilora.peft_methods import trainable_parameters
 from minilora.llama import Cache, Llama, LlamaConfig
 from minilora.memory import ModelSpec, Training, estimate
 from minilora.memory.costs import moved
@@ -33,7 +32,7 @@ from minilora.quant import quantise_model
 from minilora.weight_store import Source, Store, build_store
 from minilora.stream import StreamedLlama
 from minilora.train import masked_cross_entropy, train
-from small import IDS, SIZES, logits, shake
+from small import IDS, SIZES, logits, roundings, shake
 
 SHAPE = SIZES | {"num_hidden_layers": 5, "num_key_value_heads": 2}
 CONFIG = LlamaConfig(**SHAPE, attention_bias=True, attention_out_bias=True)
@@ -60,12 +59,12 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def pair(folder: Path, kind: str, **options) -> tuple[Llama, StreamedLlama]:
-    """The ordinary decoder and the streamed one, both computing in fp32 on the same stored weights."""
-    whole = Llama.from_pretrained(folder / "model", torch.float32)
+def pair(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> tuple[Llama, StreamedLlama]:
+    """The ordinary decoder and the streamed one, both computing in `dtype` on the same stored weights."""
+    whole = Llama.from_pretrained(folder / "model", dtype)
     if kind == "nf4":
         quantise_model(whole)
-    return whole, StreamedLlama(Store.open(folder / kind), dtype=torch.float32, **options)
+    return whole, StreamedLlama(Store.open(folder / kind), dtype=dtype)
 
 
 def far(a, b) -> float:
@@ -75,30 +74,66 @@ def far(a, b) -> float:
 # The same numbers
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4"])
-@pytest.mark.parametrize("settings", [
+def same_start(models: tuple[Llama, StreamedLlama], dtype: torch.dtype) -> None:
+    """What trains of the first becomes what trains of the second, both in `dtype`."""
+    for one, other in zip(*(list(trained(model)) for model in models), strict=True):
+        one.data = one.detach().to(dtype)
+        other.data = one.detach().clone()
+
+
+def trained(model: torch.nn.Module):
+    """The parameters that train, and what PiSSA subtracts: its singular vectors turn with the last bit of a weight."""
+    yield from lora_parameters(model)
+    for layer in adapter_layers(model).values():
+        yield from layer.buffers(recurse=False)
+
+
+def adapted(models: tuple[Llama, StreamedLlama], settings: dict, dtype: torch.dtype) -> tuple[Llama, StreamedLlama]:
+    """Both with the very same adapters, away from their start."""
+    for model in models:
+        torch.manual_seed(0)
+        inject(model, LoRAConfig(4, 8, **settings)).train()
+    shake(models[0], 0.02)
+    same_start(models, dtype)
+    return models
+
+
+EVERY_KIND = pytest.mark.parametrize("settings", [
     {"target_modules": QV}, {"target_modules": "all-linear", "dropout": 0.2}, {"use_dora": True}, {"init": "pissa"},
     {"target_modules": ("embed_tokens", "lm_head", "down_proj")}], ids=str)
-def test_ten_steps_of_training_and_generation(folder, kind, settings, monkeypatch):
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+@EVERY_KIND
+def test_the_first_step_and_generation(folder, kind, settings, monkeypatch):
     monkeypatch.setattr(stream, "LOSS_CHUNK", 5)  # 18 tokens in four chunks
     found = []
-    for model in pair(folder, kind):
+    for model in adapted(pair(folder, kind), settings, torch.float32):
         torch.manual_seed(0)
-        inject(model, LoRAConfig(4, 8, **settings))
-        shake(model, 0.02)
-        model.train()
         loss = masked_cross_entropy(model, *batches(99))
         loss.backward()
         grads = [p.grad.clone() for p in lora_parameters(model)]
-        log = train(model, batches, steps=10, lr=1e-2, progress=False)
-        adapters = [p.detach().clone() for p in lora_parameters(model)]
-        found.append((loss.detach(), grads, log.loss, adapters, model.eval().generate(IDS[:, :5], 6), logits(model)))
-    (loss, grads, losses, adapters, said, out), (loss2, grads2, losses2, adapters2, said2, out2) = found
-    assert abs(loss - loss2) <= 1e-6 and far(grads, grads2) <= 1e-6
+        found.append((loss.detach(), grads, logits(model.eval()), model.generate(IDS[:, :5], 6)))
+    (loss, grads, out, said), (loss2, grads2, out2, said2) = found
+    assert roundings(loss2, loss) <= 10 and roundings(grads2, grads) <= 100 and roundings(out2, out) <= 100
     assert min(g.abs().max() for g in grads) > 1e-5  # the comparison is of something
-    assert max(abs(a - b) for a, b in zip(losses, losses2, strict=True)) <= 1e-6
-    assert far(adapters, adapters2) <= 1e-6 and torch.equal(said, said2)
-    assert far([out], [out2]) <= 1e-6 * max(1, out.abs().max())
+    assert torch.equal(said, said2)
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+@EVERY_KIND
+def test_ten_steps_of_training(folder, kind, settings, monkeypatch):
+    """In fp64: ten steps at this rate make of the last bit of an fp32 number its fifth digit."""
+    monkeypatch.setattr(stream, "LOSS_CHUNK", 5)
+    found = []
+    for model in adapted(pair(folder, kind, torch.float64), settings, torch.float64):
+        start = [p.detach().clone() for p in lora_parameters(model)]
+        log = train(model, batches, steps=10, lr=1e-2, progress=False)
+        assert far(start, lora_parameters(model)) > 0.01
+        found.append((log.loss, lora_parameters(model), logits(model.eval()), model.generate(IDS[:, :5], 6)))
+    (losses, adapters, out, said), (losses2, adapters2, out2, said2) = found
+    assert losses == pytest.approx(losses2, abs=1e-10)
+    assert far(adapters, adapters2) <= 1e-10 and far([out], [out2]) <= 1e-9 and torch.equal(said, said2)
 
 
 def test_the_comparison_can_fail(folder):
@@ -111,10 +146,10 @@ def test_the_comparison_can_fail(folder):
     assert far([logits(streamed)], [expected]) > 1e-3
 
 
-def test_sixteen_bits_are_the_same_bits(folder):
+def test_sixteen_bits_stay_sixteen_bits(folder):
     whole = Llama.from_pretrained(folder / "model")
     streamed = StreamedLlama(Store.open(folder / "dense"))
-    assert torch.equal(logits(whole), logits(streamed)) and logits(streamed).dtype == torch.bfloat16
+    assert roundings(logits(streamed), logits(whole)) <= 4 and logits(streamed).dtype == torch.bfloat16
     assert fingerprint(whole) == fingerprint(streamed)
 
 
@@ -129,7 +164,7 @@ def test_any_loss_on_the_logits(folder):
         model.generate(IDS[:, :3], 2)
         sum(out).backward()
         grads.append([p.grad for p in lora_parameters(model)])
-    assert far(*grads) <= 1e-6 * max(g.abs().max().item() for g in grads[0])
+    assert roundings(*grads) <= 100
 
 
 def test_a_cache_that_is_fed_in_pieces(folder):
@@ -137,7 +172,7 @@ def test_a_cache_that_is_fed_in_pieces(folder):
     cache = Cache(8)
     with torch.no_grad():
         out = torch.cat([streamed(piece, cache) for piece in IDS.split([3, 1, 4], dim=1)], dim=1)
-        assert far([out], [whole(IDS)]) <= 1e-5
+        assert roundings(out, whole(IDS)) <= 100
 
 
 def test_adapters_travel_both_ways(folder, tmp_path):
@@ -146,7 +181,7 @@ def test_adapters_travel_both_ways(folder, tmp_path):
     shake(streamed)
     expected = logits(streamed)
     save_adapter(streamed, tmp_path / "a")
-    assert far([logits(load_adapter(whole, tmp_path / "a"))], [expected]) <= 1e-6  # the fingerprint is the base's
+    assert roundings(logits(load_adapter(whole, tmp_path / "a")), expected) <= 100  # the fingerprint is the base's
     again = StreamedLlama(Store.open(folder / "dense"), dtype=torch.float32)
     before = logits(again)
     assert torch.equal(logits(load_adapter(again, tmp_path / "a")), expected)
@@ -158,14 +193,15 @@ def test_adapters_travel_both_ways(folder, tmp_path):
 def test_few_layers_and_tied_heads(layers, tied):
     config = LlamaConfig(**SIZES | {"num_hidden_layers": layers}, tie_word_embeddings=tied)
     source = Source(config, torch.float32, seed=3)
-    streamed, whole = StreamedLlama(Store.make(source)), Llama(config)
+    streamed, whole = StreamedLlama(Store.make(source), dtype=torch.float64), Llama(config).double()
     whole.load_state_dict({name: source.weight(name, t, "cpu") for name, t in source.plain.state_dict().items()
                            if not (tied and name == "lm_head.weight")}, strict=not tied)
     for model in (whole, streamed):
-        torch.manual_seed(0)
         inject(model, LoRAConfig())
+    same_start((whole, streamed), torch.float64)
+    for model in (whole, streamed):
         train(model, batches, steps=3, lr=1e-2, progress=False)
-    assert far(lora_parameters(whole), lora_parameters(streamed)) <= 1e-6
+    assert far(lora_parameters(whole), lora_parameters(streamed)) <= 1e-10
     assert torch.equal(whole.generate(IDS, 4), streamed.generate(IDS, 4))
 
 
@@ -173,20 +209,22 @@ def test_loss_without_gradients_or_targets(folder):
     whole, streamed = pair(folder, "dense")
     ids, targets = batches(0)
     with torch.no_grad():
-        assert abs(masked_cross_entropy(whole, ids, targets) - masked_cross_entropy(streamed, ids, targets)) <= 1e-6
+        found = [masked_cross_entropy(model, ids, targets) for model in (whole, streamed)]
+        assert roundings(*found) <= 10
     assert not masked_cross_entropy(streamed, ids, targets).requires_grad  # nothing trains yet
     assert masked_cross_entropy(streamed, ids, torch.full_like(ids, -100)).isnan()  # as torch's cross_entropy
 
 
 @pytest.mark.parametrize("method", [BitFit(), IA3(), PromptTuning(3)], ids=str)
 def test_the_relatives_train_on_it_too(folder, method):
-    found = []
-    for model in pair(folder, "nf4"):
-        torch.manual_seed(0)
-        insert_relative(model, method)
+    found, models = [], pair(folder, "nf4", torch.float64)
+    for model in models:
+        inject(model, method)
+    same_start(models, torch.float64)
+    for model in models:
         train(model, batches, steps=3, lr=1e-2, progress=False)
-        found.append(trainable_parameters(model))
-    assert far(*found) <= 1e-6 and max(p.grad is None for p in found[1])
+        found.append(lora_parameters(model))
+    assert far(*found) <= 1e-10 and max(p.grad is None for p in found[1])
 
 
 # What moves and what is held

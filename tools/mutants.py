@@ -54,15 +54,15 @@ MUTANTS = [
            "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))", "nn.init.zeros_(self.lora_A)"),
     Mutant("A starts normal with deviation 1", "layers.py",
            "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))", "nn.init.normal_(self.lora_A)"),
-    Mutant("B starts at random", "layers.py", "            self.start_from_singular_part()\n        elif",
-           "            self.start_from_singular_part()\n        nn.init.normal_(self.lora_B, std=0.02)\n        if"),
+    Mutant("B starts at random", "layers.py", "    def start(self) -> None:\n",
+           "    def start(self) -> None:\n        nn.init.normal_(self.lora_B, std=0.02)\n"),
     Mutant("dropout is lost", "layers.py", "dropout = self.dropout if self.training else 0.0", "dropout = 0.0"),
     Mutant("dropout stays on at inference", "layers.py", "dropout = self.dropout if self.training else 0.0",
            "dropout = self.dropout"),
     Mutant("dropout draws another mask in backward", "layers.py", "mask = keep_mask(rows, ctx.dropout, ctx.seed)",
            "mask = keep_mask(rows, ctx.dropout, ctx.seed + 1)"),
-    Mutant("merge forgets the scaling", "layers.py", "to(wide) + self.scaling * update", "to(wide) + update"),
-    Mutant("merge subtracts", "layers.py", "to(wide) + self.scaling * update", "to(wide) - self.scaling * update"),
+    Mutant("merge forgets the scaling", "layers.py", "return self.scaling * (B.to(wide)", "return (B.to(wide)"),
+    Mutant("merge subtracts", "layers.py", "to(wide) + self.dense_update(wide)", "to(wide) - self.dense_update(wide)"),
     Mutant("unmerge subtracts the update again, and rounds", "layers.py",
            "self.base_layer.weight, self.unmerged = self.unmerged[0], ()",
            "self.base_layer.weight, self.unmerged = nn.Parameter(self.base_layer.weight - self.scaling "
@@ -70,23 +70,23 @@ MUTANTS = [
     Mutant("a merged layer adds its update once more", "layers.py",
            "        if self.merged:\n            return self.base",
            "        if False:\n            return self.base"),
-    Mutant("DoRA's norm leaves out the cross term", "layers.py", "+ 2 * s * cross + s * s", "+ s * s"),
+    Mutant("DoRA's norm leaves out the cross term", "variants/dora.py", "+ 2 * s * cross + s * s", "+ s * s"),
     # over a model
     Mutant("the base stays trainable", "injection.py", "    model.requires_grad_(False)\n", ""),
     Mutant("the first target is left out", "injection.py", "for name in kinds if config.matches(name)]",
            "for name in kinds if config.matches(name)][1:]"),
-    Mutant("the plan counts A alone", "injection.py", "count = rank * (inp + out)", "count = rank * inp"),
+    Mutant("the plan counts A alone", "injection.py", "if own not in layer.frozen)", "if own == \"lora_A\")"),
     Mutant("all-linear takes the head too", "injection.py",
            'modules[name] is not head and not entry_matches("lm_head", name)', "True"),
     Mutant("remove leaves the base frozen", "injection.py", "        p.requires_grad_(True)\n", "        pass\n"),
     # on disk and in the bank
-    Mutant("A and B are swapped in the file", "adapters.py", '"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"',
+    Mutant("A and B are swapped in the file", "layers.py", '"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"',
            '"lora_A": "lora_B.weight", "lora_B": "lora_A.weight"'),
     Mutant("any base will do", "adapters.py", "if adapter.base is None or", "if True or"),
     Mutant("the bank routes every row to the first adapter", "bank.py", "[layers.get(module) for layers in rows]",
            "[rows[0].get(module) for layers in rows]"),
-    Mutant("combining ignores the weights", "bank.py", "torch.cat([weight * layer.scaling * layer.lora_B",
-           "torch.cat([layer.scaling * layer.lora_B"),
+    Mutant("combining ignores the weights", "bank.py", "torch.cat([weight * layer.scaling * layer.factors",
+           "torch.cat([layer.scaling * layer.factors"),
     Mutant("a routed row is not scaled", "bank.py", "scalings = [layer.scaling for", "scalings = [1.0 for"),
     # the mathematics
     Mutant("the product's SVD is not scaled", "spectrum.py",
@@ -121,6 +121,11 @@ MUTANTS = [
            "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
     Mutant("one layer too few", "llama.py", "for i, block in enumerate(self.layers):",
            "for i, block in enumerate(self.layers[:-1]):"),
+    Mutant("RoPE's exponent is half of what it is", "llama.py", "freq = 1.0 / config.rope_theta ** half",
+           "freq = 1.0 / config.rope_theta ** (half / 2)"),
+    Mutant("a, the word, begins a code when it is decoded", "helpdesk.py", "[b-hj-z])$", "[a-hj-z])$"),
+    Mutant("x A^T is not made again in the plan's backward", "memory/linears.py",
+           'again = ops.new(rows * rank, width, "x A^T again")', "again = None"),
     Mutant("the loss counts the prompt too", "helpdesk.py", "[IGNORE] * (len(head) - 1) + tail", "head[1:] + tail"),
     Mutant("gradients pile up over the steps", "train.py", "            opt.step()\n            opt.zero_grad()\n",
            "            opt.step()\n"),
@@ -163,7 +168,8 @@ def seen(copy: Path, *arguments: str) -> str:
 
 def unit(copy: Path, room: str) -> str:
     name = room.removesuffix(".py").replace("/", "_")
-    first = sorted(copy.glob(f"tests/test_{name}*.py")) or [copy / "tests" / "test_injection.py"]
+    folder = room.partition("/")[0].removesuffix(".py")
+    first = next(filter(None, (sorted(copy.glob(f"tests/test_{n}*.py")) for n in (name, folder, "injection"))))
     rest = sorted(p for p in copy.glob("tests/test_*.py") if p not in first
                   and p.name not in ("test_notebooks.py", "test_pages.py", "test_run_notebooks.py"))
     return seen(copy, *map(str, first)) or seen(copy, *map(str, rest))  # to collect all takes long

@@ -1,24 +1,27 @@
 """Notebook 09: every adapter on every task and base."""
 
 import copy
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from ..adapters import load_adapter, save_adapter
 from ..config import LoRAConfig
-from ..helpdesk import DATA, TASKS, evaluate, load_base, load_task
+from ..helpdesk import TASKS, evaluate, load_base, load_task
 from ..llama import Llama
+from ..shipped import DATA, written
 from .run import ATTENTION, MLP, adapt, grid, measured, sweep
 
 
 @sweep
-def adapters() -> list[dict]:
-    """Notebooks 08, 09 and 13: five small adapters, written to data/adapters/, each scored on its own task and base."""
-    rows = []
+def adapters(folder: Path | None = None) -> list[dict]:
+    """Notebooks 08, 09 and 13: five small adapters, each scored on its own task and base, written to data/adapters/
+    (or to adapters/ in `folder`)."""
+    rows, folder = [], written(folder, "the adapters") / "adapters"
     for name, base in tqdm((("tone", "base"), ("ticket", "base"), ("catalogue", "base"), ("cipher", "base"),
                             ("tone_early", "base_early"))):
         run = adapt(name.removesuffix("_early"), LoRAConfig(2, 4, ATTENTION + MLP), base=base)
-        save_adapter(run.model, DATA / "adapters" / name)
+        save_adapter(run.model, folder / name)
         rows.append({"adapter": name, "base": base, "rank": 2, "trained": run.log.trained, "loss": round(run.loss, 4),
                      "exact": run.exact})
     return rows

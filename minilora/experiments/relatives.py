@@ -8,8 +8,8 @@ from tqdm.auto import tqdm
 
 from ..config import LoRAConfig
 from ..helpdesk import load_base, load_task, tokenizer
-from ..peft_methods import IA3, BitFit, BottleneckAdapters, PrefixTuning, PromptTuning, insert
-from ..injection import merge
+from ..injection import inject, merge
+from ..peft_methods import IA3, BitFit, BottleneckAdapters, PrefixTuning, PromptTuning
 from .faults import HEALTHY
 from .run import EVERYWHERE, adapt, rounded_row, sweep
 
@@ -56,8 +56,8 @@ def family_latency() -> list[dict]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     models = {"base": load_base(), "again": load_base()}
-    models |= {name: insert(load_base(), method) for name, (method, _) in FAMILY.items() if method}
-    models["LoRA, rank 8, merged"] = insert(load_base(), HEALTHY)
+    models |= {name: inject(load_base(), method) for name, (method, _) in FAMILY.items() if method}
+    models["LoRA, rank 8, merged"] = inject(load_base(), HEALTHY)
     merge(models["LoRA, rank 8, merged"], permanent=True)
     ids = torch.tensor([tokenizer().encode(load_task("tone").test[0].prompt)])  # (1, T)
     seconds = {name: [] for name in models}

@@ -13,9 +13,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import LoRAConfig
-from ..helpdesk import DATA, batches, evaluate, load_base, load_task
-from ..peft_methods import Method, insert
+from ..helpdesk import batches, evaluate, load_base, load_task
+from ..injection import inject
+from ..peft_methods import Method
 from ..llama import Llama
+from ..shipped import DATA, written
 from ..train import Log, train
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -40,7 +42,7 @@ def adapt(task: str, config: LoRAConfig | Method | None = None, *, base: str | n
     """Fine-tune a copy of the base on a task's train file and score it on its test file.
 
     Args:
-        config: the LoRA, or its relative, to insert; None trains every weight.
+        config: the LoRA, or its relative, to inject; None trains every weight.
         base: a base's name, "random" (its shape, fresh weights), or a model, which is left alone.
         lr: the peak learning rate; None takes that of `LR`.
         seed: of the order of the batches, the adapter's start and dropout.
@@ -54,7 +56,7 @@ def adapt(task: str, config: LoRAConfig | Method | None = None, *, base: str | n
     if config is None:
         model.requires_grad_(True)
     else:
-        insert(model, config)
+        inject(model, config)
     if prepare is not None:
         prepare(model)
     data = load_task(task)
@@ -89,12 +91,13 @@ def measured(name: str) -> dict:
     return json.loads(path.read_text())
 
 
-def record(name: str, rows: list[dict], command: str, folder: Path = DATA / "measured", **more) -> None:
+def record(name: str, rows: list[dict], command: str, folder: Path | None = None, **more) -> None:
     """Write rows to data/measured/ (or `folder`) with the command and the machine that made them, and what `more` says."""
+    folder = folder or written(None, "the record") / "measured"
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     lines = ",\n".join(json.dumps(row) for row in rows)
     head = json.dumps({"command": command, "machine": machine, **more})[:-1]
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
 
 

@@ -42,7 +42,7 @@ def save_in_place(model: nn.Module, folder: Path) -> None:
     tensors = {
         key: getattr(layer, own).detach()
         for name, layer in lora_layers(model).items()
-        for own, key in keys_of(name, layer.kind, False).items()
+        for own, key in keys_of(name, layer.kind).items()
     }
     save_file(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(peft_config(config_of(model))))

@@ -28,7 +28,7 @@ def errors(dtype: torch.dtype, options: dict, size: float, seed: int) -> dict[st
         for p in lora_parameters(ours):
             p.add_(torch.randn_like(p) * size)
         exact = base[0].weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
-        if layer.use_dora:
+        if layer.variant == "dora":
             exact = layer.lora_magnitude.double()[:, None] * exact / exact.norm(dim=1, keepdim=True)
         for name in ("plain", "safe"):
             theirs = get_peft_model(
@@ -37,7 +37,7 @@ def errors(dtype: torch.dtype, options: dict, size: float, seed: int) -> dict[st
             peft_layer = theirs.base_model.model[0]
             peft_layer.lora_A["default"].weight.copy_(layer.lora_A)
             peft_layer.lora_B["default"].weight.copy_(layer.lora_B)
-            if layer.use_dora:
+            if layer.variant == "dora":
                 peft_layer.lora_magnitude_vector["default"].weight.copy_(layer.lora_magnitude)
             found[f"PEFT {name}"] = theirs.merge_and_unload(safe_merge=name == "safe")[0].weight
     merge(ours)

@@ -51,7 +51,7 @@ def write_7b(folder: Path, rank: int = 64) -> None:
     for layer in range(32):
         for part, shapes in (("self_attn", ATTENTION), ("mlp", MLP)):
             for name, (out, inp) in shapes.items():
-                keys = keys_of(f"model.layers.{layer}.{part}.{name}", "linear", False)
+                keys = keys_of(f"model.layers.{layer}.{part}.{name}", "linear")
                 tensors[keys["lora_A"]], tensors[keys["lora_B"]] = torch.randn(rank, inp), torch.randn(out, rank) * 0.01
     write_adapter(folder, tensors, peft_config(LoRAConfig(rank, 16, (*ATTENTION, *MLP))))
 
