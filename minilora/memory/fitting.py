@@ -138,6 +138,32 @@ def judge(bill: Bill, card: Card | str) -> Verdict:
     return Verdict(card, need(bill), card.usable, *seconds)
 
 
+# settings that are often other than they are taken to be, and what else they may be
+OFTEN_OTHERWISE: dict[str, Callable[[Training], dict]] = {
+    "without checkpointing": lambda r: {"checkpointing": False} if r.checkpointing else {},
+    "with checkpointing": lambda r: {"checkpointing": True} if not r.checkpointing else {},
+    "with the loss of all logits at once": lambda r: {"loss": "whole"} if r.loss != "whole" else {},
+    "with the loss in chunks": lambda r: {"loss": "chunked"} if r.loss == "whole" and r.software.peft else {},
+    "with eager attention": lambda r: {"attention": "eager"} if r.attention != "eager" and r.software.peft else {},
+    "without autocast": lambda r: {"autocast": False} if r.autocast else {},
+    "with autocast": lambda r: {"autocast": True} if not r.autocast else {},
+    "with embedding, norms and head in fp32 (prepare_model_for_kbit_training)":
+        lambda r: {"upcast": "all"} if r.upcasts and r.upcast != "all" else {},
+    "with nothing made fp32": lambda r: {"upcast": "none"} if r.upcasts and r.upcast != "none" else {},
+}
+
+
+def turning_points(bill: Bill, card: Card | str) -> list[str]:
+    """The settings that by themselves change the verdict, and to what."""
+    now, found = judge(bill, card).answer, []
+    for what, change in OFTEN_OTHERWISE.items():
+        if changed := change(bill.run):
+            then = judge(priced(bill.spec, replace(bill.run, **changed)), card)
+            if then.answer != now:
+                found.append(f"{what}: {then.answer} ({bytes_text(then.need[0])} to {bytes_text(then.need[1])})")
+    return ["what would change that: " + "; ".join(found)] if found else []
+
+
 def need(bill: Bill) -> tuple[int, int]:
     """The least and the most that tensors, their allocator and the kernels may ask for."""
     return bill.peak, int(bill.peak * FRAGMENTATION) + WORKSPACE + scratch(bill)
