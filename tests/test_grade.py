@@ -229,7 +229,7 @@ def test_a_neighbour_that_starts_all_the_processes_it_can_takes_none_from_others
         pytest.skip(f"the kernel gives no namespaces here: {nursery.partial}")
     bomb = "import os, time\ndef merged_weight(*a):\n    try:\n        while os.fork():\n            pass\n" \
            "    except OSError:\n        pass\n    time.sleep(60)"
-    threads = "import threading, time\ndef merged_weight(W0, A, B, alpha):\n    time.sleep(0.02)\n" \
+    threads = "import threading, time\ndef merged_weight(W0, A, B, alpha, wait=time.sleep(4)):\n" \
               "    some = [threading.Thread(target=time.sleep, args=(0.02,)) for _ in range(20)]\n" \
               "    [t.start() for t in some]\n    [t.join() for t in some]\n    return W0 + alpha / len(A) * B @ A"
     for student, source in {"a_bomb": bomb, "b_works": threads, "c_works": threads}.items():
