@@ -6,12 +6,15 @@ import textwrap
 import warnings
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import asdict, fields
+from typing import TypeVar
 
 from ..config import ALL_LINEAR
 from ..tables import bytes_text, table
 from .bill import estimate
 from .models import PRESETS, ModelSpec
 from .run import KNOWN, METHODS, Serving, Training
+
+R = TypeVar("R", Training, Serving)
 
 
 def memory_command(parser, arguments: list[str]) -> None:
@@ -44,7 +47,7 @@ def fit_command(parser, arguments: list[str]) -> None:
     add_run_options(parser)
     parser.add_argument("--card", help="one of those that `cards` lists; without it, all of them")
     options = parser.parse_args(arguments)
-    found = fit(spec_of(options), run_of(options), options.card)
+    found = fit(spec_of(options), run_of(options, Training), options.card)
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)
 
 
@@ -157,7 +160,7 @@ def spec_of(options) -> ModelSpec:
     return ModelSpec.preset(options.model) if options.model else ModelSpec.from_config(options.config, options.family)
 
 
-def run_of(options, kind: type = Training) -> Training | Serving:
+def run_of(options, kind: type[R]) -> R:
     targets = options.targets
     if targets and targets != ALL_LINEAR and not set(targets) & set("*+?|()[]{}\\^$"):
         targets = tuple(target.strip() for target in targets.split(","))
