@@ -20,7 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from .adapters import CONFIG, PREFIX, WEIGHTS, AdapterFile, keys_of, peft_config, read_adapter, write_adapter
+from .adapters import CONFIG, WEIGHTS, AdapterFile, read_adapter, write_adapter
+from .peft_format import PREFIX, keys_of, peft_config
 from .config import LoRAConfig, entry_matches, variants
 from .layers import LoRALayer
 from .spectrum import (LowRank, effective_rank, energy, extract_lora, frobenius, product_svdvals, rank_for_energy,

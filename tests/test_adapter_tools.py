@@ -17,7 +17,8 @@ from torch import Tensor
 
 from minilora import LoRAConfig, adapter_tools, fingerprint, inject, load_adapter, merge, save_adapter
 from minilora.__main__ import main
-from minilora.adapters import keys_of, peft_config, read_adapter, write_adapter
+from minilora.adapters import read_adapter, write_adapter
+from minilora.peft_format import keys_of, peft_config
 from minilora.adapter_tools import extract_adapter, inspect_adapter, plot_energy, truncate_adapter
 from minilora.injection import lora_layers
 from minilora.llama import Llama
