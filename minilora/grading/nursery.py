@@ -111,7 +111,7 @@ class Nursery:
             [sys.executable, "-P", "-m", "minilora.grading.nursery", str(theirs.fileno()), self.room,
              "alone" if self.alone else "with others"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
-            env=environment())
+            env=environment() | {"HOME": self.room, "IPYTHONDIR": self.room})
         theirs.close()
         said = self.socket.recv(4096)
         if not said:
@@ -144,7 +144,7 @@ class Nursery:
 # ---------------------------------------------------------------- inside the nursery
 
 
-def keep(requests: int, replies: int, leash: int, room: Path, isolated: bool) -> None:
+def keep(requests: int, replies: int, leash: int, room: Path, isolated: bool, shell) -> None:
     """Forks the student's process, and kills it when the grader lets go of the leash."""
     from .sandbox import separate
 
@@ -159,7 +159,7 @@ def keep(requests: int, replies: int, leash: int, room: Path, isolated: bool) ->
     inner = os.fork()
     if not inner:
         os.close(leash)
-        live(requests, replies, room, isolated)
+        live(requests, replies, room, isolated, shell)
     os.close(requests)
     os.close(replies)
     while os.waitpid(inner, os.WNOHANG) == (0, 0):
@@ -172,7 +172,7 @@ def keep(requests: int, replies: int, leash: int, room: Path, isolated: bool) ->
         shutil.rmtree(room, ignore_errors=True)
 
 
-def live(requests: int, replies: int, room: Path, isolated: bool) -> None:
+def live(requests: int, replies: int, room: Path, isolated: bool, shell) -> None:
     """The student's process, from its birth to its end."""
     from .sandbox import limits, shut_in
     from .worker import serve
@@ -189,22 +189,22 @@ def live(requests: int, replies: int, room: Path, isolated: bool) -> None:
         tempfile.tempdir = None
         limits(isolated)
         with os.fdopen(requests, "rb") as reader, os.fdopen(replies, "wb") as writer:
-            serve(reader, writer)
+            serve(reader, writer, shell)
     finally:
         os._exit(0)
 
 
 def main(descriptor: int, room: Path, alone: bool) -> None:
-    import IPython.terminal.interactiveshell  # noqa: F401, what notebooks import is imported once
-    import torch  # noqa: F401
+    import torch  # noqa: F401, what notebooks import is imported once
 
     import minilora  # noqa: F401
 
     with contextlib.suppress(ImportError):
         import matplotlib.pyplot  # noqa: F401
-    from . import worker  # noqa: F401
     from .sandbox import possible
+    from .worker import new_shell
 
+    shell = new_shell()
     assert not any(name.startswith("minilora.check") for name in sys.modules), "the nursery must know no checker"
     link = socket.socket(fileno=descriptor)
     partial = possible(room) if alone else "not asked for"
@@ -217,7 +217,7 @@ def main(descriptor: int, room: Path, alone: bool) -> None:
             return
         if not os.fork():
             try:
-                keep(*pipes, room, not partial)
+                keep(*pipes, room, not partial, shell)
             finally:
                 os._exit(0)
         for pipe in pipes:

@@ -186,6 +186,34 @@ class Ops(Ledger):
         self.keep(node, [out, *rest])
         return out
 
+    def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int, seq: int, head_dim: int) -> Tensor:
+        """The package flash-attn (2.7, flash_attn_interface.py and csrc/flash_attn/flash_api.cpp): what torch's own
+        kernel takes and gives back unseen, this one takes from torch's allocator. `heads`: of all rows."""
+        q, k, v = self.amp(q), self.amp(k), self.amp(v)
+        sizes = [(t.count, t.width) for t in (q, k, v)]
+        rows = -(-seq // 128) * 128
+
+        def back(saved, grads, needs):
+            scratch = [self.new(heads * rows, 4, "row sums"), self.new(heads * rows * head_dim, 4, "dq in fp32")]
+            if sizes[0] != sizes[1]:
+                scratch += [self.new(*sizes[0], f"d{name} for every query head") for name in "kv"]
+            return [self.new(*size, f"gradient of {'qkv'[i]}") for i, size in enumerate(sizes)]
+
+        node = self.node("attention", [q, k, v], [q, k, v], back, late=True)
+        out = self.new(q.count, q.width, "output", node=node)
+        rest = [self.new(*size, also=True) for size in ((heads * seq, 4, "log-sum-exp"), (2, 8, "seed"))]
+        self.keep(node, [q, k, v, out, *rest])
+        return out
+
+    def fast_rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """unsloth's kernel: it keeps x as it is, writes its gradient over the one that comes, and gives the weight
+        none."""
+        count, width, size = x.count, x.width, weight.count
+        node = self.node("norm", [x], [], lambda s, g, n: [as_view(g[0])], late=True)
+        y = self.new(count, width, "output", node=node)
+        self.keep(node, [x, weight, self.new(count // size, 4, "1 / rms")])
+        return y
+
     def plain_attention(self, q: Tensor, k: Tensor, v: Tensor, batch: int, seq: int, heads: int, width: int) -> Tensor:
         """torch's fallback, with all scores in memory: for grouped heads in fp32, where CUDA has no fused kernel."""
         out, scores = q.count, batch * heads * seq * seq

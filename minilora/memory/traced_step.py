@@ -12,10 +12,10 @@ from torch import nn
 
 from ..config import ALL_LINEAR, LoRAConfig
 from ..injection import inject
-from ..layers import dense_weight, kind_of
+from ..bases import dense_weight, kind_of
 from ..llama import Llama, LlamaConfig
+from ..losses import masked_cross_entropy
 from ..quant import quantise_model  # here, not on fake tensors: its levels are computed when it is imported
-from ..train import masked_cross_entropy
 from .optimizers import OPTIMIZERS
 from .packages import require_package
 from .run import METHODS

@@ -35,7 +35,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..layers import quantised
+from ..bases import quantised
 from ..tables import table
 from .cuda import CUBLAS_WORKSPACE, CachingAllocator, follow_cuda, rounded
 
