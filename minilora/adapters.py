@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .checkpoints import read_json, read_safetensors
 from .config import LoRAConfig, entry_matches, variants
 from .distributed import full_tensor, is_main_process
-from .injection import adapter_layers, inject, lora_layers, plain_name, planned, remove
+from .injection import adapter_layers, inject, lora_layers, planned, remove
 from .layers import AdapterLayer, LoRALayer
+from .naming import plain_modules, plain_parameters
 
 CONFIG, WEIGHTS, FINGERPRINT = "adapter_config.json", "adapter_model.safetensors", "minilora.base"
 PREFIX = "base_model.model."
@@ -35,7 +36,7 @@ UNSUPPORTED = ("modules_to_save", "trainable_token_indices", "target_parameters"
                "layers_to_transform", "exclude_modules", "lora_bias", "alora_invocation_tokens", "use_qalora",
                "arrow_config", "use_bdlora", "kasa_config", "monteclora_config", "velora_config", "megatron_config")
 # starts that leave the base's weights alone; the others (pissa, olora, corda, loftq, lora_ga) subtract from them
-KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
         hint = f"; {pickles[0]} may be a pickle, which can run code and is never opened: convert it" if pickles else ""
         raise ValueError(f"{folder} holds no {WEIGHTS}{hint}")
-    try:
-        with safe_open(path, framework="pt") as f:
-            tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
-    except Exception as e:  # the reader's errors have no common class: SafetensorError, OSError, KeyError, ...
-        raise ValueError(f"{path} is damaged or not a safetensors file: {e!r}") from None
+    tensors, metadata = read_safetensors(path)
     for key, t in tensors.items():
         if not t.is_floating_point() or not t.float().isfinite().all():
             raise ValueError(f"{key!r} in {path} holds {t.dtype} values that are not all finite floating-point numbers")
@@ -193,10 +190,7 @@ def read_settings(folder: Path) -> dict:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder} is no adapter folder: it holds no {CONFIG}")
-    try:
-        return dict(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError, RecursionError) as e:
-        raise ValueError(f"{path} does not hold a JSON object: {e!r}") from None
+    return read_json(path)
 
 
 def check_fits(adapter: AdapterFile, model: nn.Module) -> None:
@@ -218,9 +212,9 @@ def misfits(have: dict[str, Tensor], expected: dict[str, tuple], model: nn.Modul
     """In what the tensors of a file differ from what is expected: names that lack, are too many, shapes."""
     wrong = [f"{key} is missing" for key in expected if key not in have]
     # PEFT may add a copy of an adapted embedding's own weight, which is fine as long as it is one
-    base = {PREFIX + name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    base = {PREFIX + name: p for name, p in plain_parameters(model)}
     wrong += [f"{key!r} has no place in the model" for key, t in have.items()
-              if key not in expected and not is_copy(t, base.get(plain_name(key)))]
+              if key not in expected and not is_copy(t, base.get(key.replace(".base_layer.", ".")))]
     return wrong + [f"{key} has shape {tuple(have[key].shape)}, the model needs {tuple(shape)}"
                     for key, shape in expected.items() if key in have and have[key].shape != shape]
 
@@ -255,8 +249,7 @@ def fingerprint(model: nn.Module) -> str:
     adapters = {id(p) for layer in layers for p in layer.own().values()}
     unmerged = {id(layer.base_layer.weight): layer.unmerged[0] for layer in layers if getattr(layer, "unmerged", ())}
     # a tied weight counts under each of its names: merging one of its users would part them
-    base = {plain_name(name): unmerged.get(id(p), p).detach()
-            for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in adapters}
+    base = {name: unmerged.get(id(p), p).detach() for name, p in plain_parameters(model) if id(p) not in adapters}
     for name, p in sorted(base.items()):
         shapes.update(f"{name} {tuple(p.shape)}\n".encode())
         entries = full_tensor(p).flatten()[:: max(1, p.numel() // 1024)].to(torch.bfloat16).contiguous()
@@ -283,7 +276,7 @@ def config_of(model: nn.Module) -> LoRAConfig:
     if len(flags) > 1:
         raise ValueError("the adapters differ in use_rslora, variant or dropout, which a file can only say once")
     (use_rslora, *chosen, dropout), = flags
-    others = {plain_name(name) for name, _ in model.named_modules()} - layers.keys()
+    others = {name for name, _ in plain_modules(model)} - layers.keys()
     last = {name: name.rpartition(".")[2] for name in layers}
     targets = {name if any(entry_matches(end, other) for other in others) else end for name, end in last.items()}
     ranks, alphas = {}, {}
@@ -322,7 +315,7 @@ def read_lora(values: dict) -> LoRAConfig:
     """The config that PEFT's settings mean."""
     kind = values.get("peft_type", LoRALayer.peft_type)
     for setting in UNSUPPORTED:
-        if values.get(setting):
+        if (asked := values.get(setting)) not in (None, False, [], {}, "") or type(asked) is int:
             raise ValueError(f"sets {setting}, which is not supported: an adapter here is A and B on whole "
                              "layers that target_modules names, nothing else")
     if (bias := values.get("bias", "none")) != "none":

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .adapters import insert_adapter, read_adapter
 from .config import is_number, require, variants
-from .injection import lora_layers, remove, unwrap, wrap
-from .layers import AdapterLayer, LoRALayer, Wrapper, kind_of, widest
+from .injection import lora_layers, need_whole, put_back, remove, unwrap, wrap
+from .bases import kind_of, widest
+from .layers import AdapterLayer, LoRALayer, Wrapper
 from .spectrum import product_svd
 from .tables import table
 
@@ -66,6 +67,7 @@ class AdapterBank:
     def __init__(self, model: nn.Module):
         if any(isinstance(m, AdapterLayer) for m in model.modules()):
             raise ValueError("the model has adapters already: remove(model) first, then load them from their folders")
+        need_whole(model)
         self.model = model
         self.entries: dict[str, Entry] = {}
         self.placed: Mapping[str, nn.Module] = {}  # what stands in the model now, by module
@@ -188,9 +190,7 @@ class AdapterBank:
             device = next(chain(layer.base_layer.parameters(), layer.base_layer.buffers())).device
             if isinstance(layer, LoRALayer) and layer.factors()[0].device != device:
                 layer.to(device)
-        for layer in inside:
-            if isinstance(layer, LoRALayer):
-                layer.unmerge()
+        put_back(self.model, [layer for layer in inside if isinstance(layer, LoRALayer)])
         unwrap(self.model, inside)
         if layers:
             wrap(self.model, {layer.base_layer: layer for layer in layers.values()})

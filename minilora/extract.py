@@ -15,12 +15,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from .adapter_tools import in_layer_order, last, named, parts_of, percent, some
-from .adapters import CONFIG, WEIGHTS, keys_of, peft_config, read_adapter, write_adapter
+from .adapters import WEIGHTS, keys_of, peft_config, read_adapter, read_settings, write_adapter
+from .checkpoints import read_json, read_tensor, tensor_files
 from .config import LoRAConfig, entry_matches
 from .layers import LoRALayer
 from .spectrum import LowRank, extract_lora, truncate
@@ -84,7 +84,7 @@ def truncate_adapter(folder: str | os.PathLike, out: str | os.PathLike, *, rank:
     check_free(out)
     cut = {p.name: named(p.name, truncate, p.B, p.A, p.scaling, energy=energy,
                          rank=None if rank is None else min(rank, *p.B.shape, *p.A.shape)) for p in parts}
-    config = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8")) | rank_settings(cut)
+    config = read_settings(adapter.folder) | rank_settings(cut)
     tensors = dict(adapter.tensors) | tensors_of({p.name: (p.kind, cut[p.name]) for p in parts})
     write_adapter(out, tensors, config, adapter.base)
     return Written(Path(out), cut)
@@ -107,7 +107,7 @@ def extract_adapter(base: str | os.PathLike, tuned: str | os.PathLike, out: str 
         ValueError: not two checkpoints of one architecture, none that differ, NaN or infinite or quantised weights, a
             rank above a matrix's, or an `out` that holds an adapter already.
     """
-    files, targets = (tensor_files(base), tensor_files(tuned)), tuple(targets)
+    files, targets = (tensor_files(Path(base)), tensor_files(Path(tuned))), tuple(targets)
     check_free(out)
     check_device(device)
     names = {key.removesuffix(".weight"): key for key in sorted(files[0].keys() | files[1].keys(), key=in_layer_order)}
@@ -115,7 +115,7 @@ def extract_adapter(base: str | os.PathLike, tuned: str | os.PathLike, out: str 
     transposed, found, left_out = transposes(Path(base), names), {}, []
     for name, key in tqdm(names.items(), desc="extract", unit="tensor", disable=None):
         W0 = W = None  # one pair at a time, not two
-        W0, W = (read(f[key], key) if key in f else None for f in files)
+        W0, W = (read_tensor(f[key], key) if key in f else None for f in files)
         linear = key.endswith(".weight") and not NO_LINEAR.fullmatch(last(name)) and W0 is not None and W0.dim() == 2
         chosen = linear and (not targets or any(entry_matches(target, name) for target in targets))
         if chosen and (W is None or W.shape != W0.shape):
@@ -165,40 +165,6 @@ def tensors_of(modules: dict[str, tuple[str, LowRank]]) -> dict[str, Tensor]:
 # Checkpoints
 
 
-def tensor_files(path: str | os.PathLike) -> dict[str, Path]:
-    """The file in which each tensor of a checkpoint lies: a safetensors file, or a folder with one or its shards.
-
-    Raises:
-        ValueError: no such file or folder, a shard missing, an index or a file that is damaged.
-    """
-    path = Path(path)
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if index.is_file() and not single.is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = sorted(path / name for name in shards)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{index} is no index of shards: {e!r}") from None
-    elif (files := [path if path.is_file() else single]) and not files[0].is_file():
-        raise ValueError(f"{path} is no checkpoint: expected a folder with {single.name} or {index.name}, or a file")
-    found = {}
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file.name}, named in {index.name}, is missing from {path}")
-        try:
-            with safe_open(file, framework="pt") as f:
-                found |= dict.fromkeys(f.keys(), file)
-        except Exception as e:  # the reader's errors have no common class
-            raise ValueError(f"{file} is damaged or not a safetensors file: {e!r}") from None
-    return found
-
-
-def read(file: Path, key: str) -> Tensor:
-    """One tensor; the file is closed again, so that its pages do not add up."""
-    with safe_open(file, framework="pt") as f:
-        return f.get_tensor(key)
-
-
 def transposes(base: Path, names: Iterable[str]) -> set[str]:
     """The modules that are GPT-2's Conv1D, whose weight is (in, out). Only the model type can tell."""
     named_so = {name for name in names if last(name) in CONV1D}
@@ -206,8 +172,8 @@ def transposes(base: Path, names: Iterable[str]) -> set[str]:
     if not named_so:
         return set()
     try:
-        model_type = dict(json.loads(config.read_text(encoding="utf-8")))["model_type"]
-    except (ValueError, KeyError, TypeError, OSError) as e:
+        model_type = read_json(config)["model_type"]
+    except (ValueError, KeyError) as e:
         raise ValueError(f"{plain(min(named_so))} may be stored transposed, as in GPT-2, or not, which the model_type "
                          f"in {config} would tell: {e!r}") from None
     return named_so if model_type in CONV1D_MODELS else set()

@@ -1,16 +1,16 @@
 """LoRA over a whole model: plan it, insert it, look at what trains, merge it, take it out again."""
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from torch import nn
 
-from .config import ALL_LINEAR, LoRAConfig, entry_matches, variants
-from .layers import AdapterLayer, LoRALayer, adapter_options, kind_of, quantised, shape_of, words
+from .bases import adapter_options, execution_device, kind_of, quantised, shape_of, why_not, words
+from .config import ALL_LINEAR, LoRAConfig, entry_matches, scaling, variants
+from .layers import AdapterLayer, LoRALayer
+from .naming import bare, plain_modules, suggest
 from .tables import quoted, table
 
 
@@ -30,7 +30,13 @@ class PlannedModule:
 
 
 class Plan(tuple):
-    """What `inject` would do: `PlannedModule`s; printing gives a table."""
+    """What `inject` would do: `PlannedModule`s; printing gives a table.
+
+    Attributes:
+        notes: modules that the targets mean and that stay as they are, or get a smaller rank; each with the reason.
+    """
+
+    notes: dict[str, str] = {}
 
     @property
     def parameters(self) -> int:
@@ -44,16 +50,21 @@ class Plan(tuple):
         rows = [(m.name, m.kind, f"{m.shape[0]} x {m.shape[1]}", m.rank, f"{m.alpha:g}", f"{m.scaling:.4g}",
                  m.parameters, m.bytes, f"tied to {m.tied_to}" if m.tied_to else "") for m in self]
         head = ("module", "kind", "out x in", "rank", "alpha", "scaling", "parameters", "bytes", "")
-        return table(head, rows) + f"\n{len(self)} modules, {self.parameters:,} parameters, {self.bytes:,} bytes"
+        rest = "".join(f"\n{name}: {note}" for name, note in self.notes.items())
+        return table(head, rows) + f"\n{len(self)} modules, {self.parameters:,} parameters, {self.bytes:,} bytes" + rest
 
 
 @dataclass(frozen=True)
 class Report:
-    """What trains in a model. `rows`: (module, trainable, all) for every module that trains a parameter of its own."""
+    """What trains in a model. `rows`: (module, trainable, all) for every module that trains a parameter of its own.
+
+    `no_gradient`: after a backward pass, the adapters that it did not reach.
+    """
 
     rows: tuple[tuple[str, int, int], ...]
     trainable: int
     total: int
+    no_gradient: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -61,7 +72,8 @@ class Report:
 
     def __str__(self):
         body = table(("module", "trainable", "all"), self.rows) + "\n" if self.rows else ""
-        return body + f"trainable {self.trainable:,} / all {self.total:,} = {self.share:.4%}"
+        dead = f"\nno gradient reached: {', '.join(self.no_gradient)}" if self.no_gradient else ""
+        return body + f"trainable {self.trainable:,} / all {self.total:,} = {self.share:.4%}{dead}"
 
 
 def plan(model: nn.Module, config: LoRAConfig) -> Plan:
@@ -71,7 +83,10 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
         ValueError: a target or a pattern's key that matches nothing (near misses are listed), a target that cannot be
             adapted, a rank larger than its matrix, or a model that has adapters already.
     """
-    return Plan(row for row, _ in planned(model, config))
+    notes = {}
+    made = Plan(row for row, _ in planned(model, config, notes=notes))
+    made.notes = notes
+    return made
 
 
 METHODS: dict[type, Callable] = {}  # type of a config -> f(model, config, any_rank) -> {module: its adapter}
@@ -96,6 +111,8 @@ def inject(model: nn.Module, config, any_rank: bool = False) -> nn.Module:
     for module, layer in layers.items():
         layer.train(module.training).config = config
     wrap(model, layers)
+    for name, layer in adapter_layers(model).items():
+        layer.__dict__["name"] = name  # for what it may have to say
     return model
 
 
@@ -116,9 +133,8 @@ def remove(model: nn.Module) -> nn.Module:
     Raises ValueError if it has no adapters, as all that follows does.
     """
     layers = adapter_layers(model)
-    for layer in layers.values():
-        if isinstance(layer, LoRALayer):
-            layer.unmerge()
+    need_whole(model)
+    put_back(model, [layer for layer in layers.values() if isinstance(layer, LoRALayer)])
     unwrap(model, layers.values())
     return model
 
@@ -136,6 +152,7 @@ def merge(model: nn.Module, permanent: bool = False) -> dict[str, float]:
             another module's. The model is then as before.
     """
     layers = lora_layers(model)
+    need_whole(model)
     if permanent:
         for name, others in tied(model).items():
             if name in layers and others:
@@ -153,29 +170,49 @@ def merge(model: nn.Module, permanent: bool = False) -> dict[str, float]:
         raise
     if permanent:
         replace(model, {layer: layer.base_layer for layer in layers.values()})
-        model.__dict__.pop("trained_before_lora", None)
+        bare(model).__dict__.pop("trained_before_lora", None)
     return lost
 
 
 def unmerge(model: nn.Module) -> None:
     """Undo `merge`: every base weight is the very tensor it was."""
-    for layer in lora_layers(model).values():
+    put_back(model, lora_layers(model).values())
+
+
+def put_back(model: nn.Module, layers: Iterable[LoRALayer]) -> None:
+    """Unmerge these layers, also where something else has been tied to a merged weight since."""
+    before = {layer.base_layer.weight: layer.unmerged[0] for layer in layers if layer.merged}
+    for layer in layers:
         layer.unmerge()
+    for module in model.modules() if before else ():
+        for name, p in module._parameters.items():
+            if p in before:
+                module._parameters[name] = before[p]
 
 
 def report(model: nn.Module) -> Report:
     """How many parameters train, of how many, and in which modules; works with and without adapters."""
     rows = []
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model, seen=set()):
         own = list(module.parameters(recurse=False))
         if trainable := sum(p.numel() for p in own if p.requires_grad):
             inside = sum(p.numel() for p in own)
             if isinstance(module, LoRALayer):
                 inside = sum(p.numel() for p in module.parameters()) + weights_in_codes(module)
-            rows.append((plain_name(name) or "(model)", trainable, inside))
+            rows.append((name or "(model)", trainable, inside))
     every = list(model.parameters())  # a tied weight counts once
     total = sum(p.numel() for p in every) + weights_in_codes(model)
-    return Report(tuple(rows), sum(p.numel() for p in every if p.requires_grad), total)
+    return Report(tuple(rows), sum(p.numel() for p in every if p.requires_grad), total, without_gradient(model))
+
+
+def without_gradient(model: nn.Module) -> tuple[str, ...]:
+    """The adapters that train and that the last backward pass did not reach: nothing that they are for calls them, or
+    (an expert) nothing was sent to them. Empty where no parameter has a gradient."""
+    if all(p.grad is None for p in model.parameters()):
+        return ()
+    own = {name: [p for p in m.own().values() if p.requires_grad] for name, m in plain_modules(model, seen=set())
+           if isinstance(m, AdapterLayer)}
+    return tuple(name for name, params in own.items() if params and all(p.grad is None for p in params))
 
 
 def weights_in_codes(model: nn.Module) -> int:
@@ -206,7 +243,7 @@ def loraplus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[di
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Every adapter, of whatever method, by the name its base had in the plain model; a ValueError if there is none."""
-    found = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, AdapterLayer)}
+    found = {name: m for name, m in plain_modules(model, seen=set()) if isinstance(m, AdapterLayer)}
     if not found:
         raise ValueError("the model has no adapters; inject(model, config) or load_adapter(model, folder) first")
     return found
@@ -223,27 +260,45 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 def need_plain(model: nn.Module) -> None:
     if any(isinstance(m, AdapterLayer) for m in model.modules()):
         raise ValueError("the model has adapters already; remove(model) first, or load several with AdapterBank")
+    if any(type(m).__module__.startswith("peft.tuners") for m in model.modules()):
+        raise ValueError("PEFT has adapted this model already: take its base (merge_and_unload() or unload()) first")
+
+
+def need_whole(model: nn.Module) -> None:
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise ValueError("the model is shared out over several processes (fsdp), and no process has its weights whole: "
+                         "save_adapter(model, folder), then load that into a model of one process")
 
 
 # How a plan is made
 
 
-def planned(model: nn.Module, config: LoRAConfig, any_rank: bool = False) -> list[tuple[PlannedModule, nn.Module]]:
-    """The rows of a plan, each with its module."""
+def planned(model: nn.Module, config: LoRAConfig, any_rank: bool = False,
+            notes: dict[str, str] | None = None) -> list[tuple[PlannedModule, nn.Module]]:
+    """The rows of a plan, each with its module; into `notes` come a `Plan`'s."""
+    notes = {} if notes is None else notes
     need_plain(model)
-    modules = dict(model.named_modules())
+    modules = dict(plain_modules(model, seen=set()))
     if len(modules) == 1:
         raise ValueError(f"the model is a bare {type(model).__name__}: nothing holds it, so nothing could hold a LoRA "
                          "layer in its place. Wrap it: nn.Sequential(model)")
     kinds = {name: kind for name, module in modules.items()
              if name and not inside_torch(modules, name) and (kind := kind_of(module))}
-    targets = choose(model, modules, kinds, config)
+    targets = choose(model, modules, kinds, config, notes)
     for what, patterns in (("rank_pattern", config.rank_table), ("alpha_pattern", config.alpha_table)):
         for key in patterns.unused(targets):
             raise ValueError(f"{what} key {quoted(key)} matches none of the targets; {suggest(key, targets)}")
     ties, rows, layer = tied(model), [], variants()[config.variant]
+    away = [name for name in targets if any(p.is_meta for p in modules[name].parameters())
+            and execution_device(modules[name]) is None]
+    if away and not all(p.is_meta for p in model.parameters()):
+        raise ValueError(f"{away[0]} has no weights (it is on the meta device) while other modules have theirs: load the "
+                         "model whole, or let accelerate's dispatch_model bring its weights in")
     for name in targets:
         module, rank, (out, inp) = modules[name], config.rank_of(name), shape_of(modules[name])
+        if rank > min(out, inp) and config.target_modules == ALL_LINEAR and rank == config.rank and not any_rank:
+            rank = min(out, inp)
+            notes[name] = f"rank {rank} in place of {config.rank}, the most that its weight of {out} x {inp} allows"
         if rank > min(out, inp) and not any_rank:
             raise ValueError(f"rank {rank} is larger than {name} allows: its weight is {out} x {inp}, so at most "
                              f"{min(out, inp)}")
@@ -252,39 +307,53 @@ def planned(model: nn.Module, config: LoRAConfig, any_rank: bool = False) -> lis
                              f"{words(layer.kinds)}")
         count = sum(math.prod(shape) for own, shape in layer.shapes(out, inp, rank).items() if own not in layer.frozen)
         size = count * adapter_options(module)["dtype"].itemsize
-        row = PlannedModule(name, kinds[name], (out, inp), rank, config.alpha_of(name), config.scaling_of(name),
+        row = PlannedModule(name, kinds[name], (out, inp), rank, config.alpha_of(name),
+                            scaling(rank, config.alpha_of(name), config.use_rslora),
                             count, size, min(ties[name], default=None))
         rows.append((row, module))
     return rows
 
 
-def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig) -> list[str]:
+def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig, notes: dict | None = None) -> list[str]:
     """The names that the config's targets mean, in the model's order; `kinds` has the modules that can be adapted."""
-    wanted = config.target_modules
+    wanted, notes = config.target_modules, {} if notes is None else notes
     if wanted == ALL_LINEAR:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        found = [name for name, kind in kinds.items()
-                 if kind != "embedding" and modules[name] is not head and not entry_matches("lm_head", name)]
-        if not found:
-            raise ValueError("target_modules 'all-linear': the model has no linear layer besides its head")
-        return found
-    found = [name for name in kinds if config.matches(name)]
-    if isinstance(wanted, str):
-        if not found:
-            raise ValueError(f"target_modules: the regular expression {wanted!r} matches no whole name of a module "
-                             f"that can be adapted; {suggest(wanted, kinds)}")
-        return found
-    for entry in dict.fromkeys(wanted):
-        hits = [name for name in modules if entry_matches(entry, name)]
-        if not hits:
-            raise ValueError(f"target_modules: {entry!r} matches no module; {suggest(entry, kinds)}")
-        for name in hits:
-            if name not in kinds:
-                why = ("the torch module around it reads its weight and never calls it" if inside_torch(modules, name)
-                       else "expected Linear, Conv1D or Embedding")
+        meant = [name for name, m in modules.items() if isinstance(m, nn.Linear) or kinds.get(name, "embedding") != "embedding"]
+        meant = [name for name in meant if not is_head(model, modules, name)]
+    elif isinstance(wanted, str):
+        meant = [name for name, m in modules.items() if config.matches(name) and (name in kinds or m._parameters)]
+    else:
+        for entry in dict.fromkeys(wanted):
+            if not any(entry_matches(entry, name) for name in modules):
+                raise ValueError(f"target_modules: {entry!r} matches no module; {suggest(entry, kinds)}")
+        meant = [name for name in modules if config.matches(name)]
+    for name in meant:
+        if name not in kinds:
+            why = ("the torch module around it reads its weight and never calls it" if inside_torch(modules, name)
+                   else why_not(modules[name]))
+            notes[name] = f"left out, a {type(modules[name]).__name__}: {why}"
+            if not isinstance(wanted, str):
+                entry = next(entry for entry in wanted if entry_matches(entry, name))
                 raise ValueError(f"target_modules: {entry!r} matches {name}, a {type(modules[name]).__name__}, which "
                                  f"cannot be adapted: {why}")
+    found, odd = [name for name in meant if name in kinds], next(iter(notes.items()), None)
+    if not found:
+        what = (f"{wanted!r}: the model has no linear layer besides its head" if wanted == ALL_LINEAR else
+                f"the regular expression {wanted!r} matches no whole name of a module that can be adapted; "
+                f"{suggest(wanted, kinds)}")
+        raise ValueError(f"target_modules{' ' if wanted == ALL_LINEAR else ': '}{what}" + (f" ({': '.join(odd)})" if odd else ""))
     return found
+
+
+def is_head(model: nn.Module, modules: dict, name: str) -> bool:
+    """Whether a linear is the output head: of a language model, or (all that a Hugging Face model has around its
+    `base_model`) of a classifier."""
+    model = bare(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if modules[name] is head or entry_matches("lm_head", name):
+        return True
+    inner = getattr(model, "base_model", None) if head is None else None
+    return isinstance(inner, nn.Module) and inner is not model and all(m is not modules[name] for m in inner.modules())
 
 
 def inside_torch(modules: dict, name: str) -> bool:
@@ -294,23 +363,13 @@ def inside_torch(modules: dict, name: str) -> bool:
     return isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
 
 
-def suggest(wanted: str, names: Iterable[str]) -> str:
-    """The names a mistyped one may have meant, as the end of an error message."""
-    if not names:
-        return "the model has no module that can be adapted"
-    wanted = wanted[:100]  # comparing takes the square of the length
-    last = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    close = get_close_matches(wanted, [*last, *names], cutoff=0.5) or get_close_matches(wanted.lower(), last, 3, 0.3)
-    return f"near it: {', '.join(close)}" if close else f"there are: {', '.join(last[:12])}"
-
-
 def tied(model: nn.Module) -> dict[str, set[str]]:
     """Module -> the other modules that have a parameter in the same place of the same storage."""
     users, others = defaultdict(set), defaultdict(set)
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model, seen=set()):
         kept = module.unmerged[:1] if isinstance(module, LoRALayer) else ()
         for p in (*module.parameters(recurse=False), *kept):
-            users[p.untyped_storage()._cdata, p.storage_offset()].add(plain_name(name))
+            users[p.untyped_storage()._cdata, p.storage_offset()].add(name)
     for group in users.values():
         for name in group:
             others[name] |= group - {name}
@@ -319,14 +378,14 @@ def tied(model: nn.Module) -> dict[str, set[str]]:
 
 def wrap(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
     """Freeze the model and put ``layers[base]`` in the place of each base; `take` undoes both."""
-    model.trained_before_lora = [p for p in model.parameters() if p.requires_grad]
+    bare(model).trained_before_lora = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     replace(model, layers)
 
 
 def unwrap(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     replace(model, {layer: layer.base_layer for layer in layers})
-    for p in model.__dict__.pop("trained_before_lora", ()):
+    for p in bare(model).__dict__.pop("trained_before_lora", ()):
         p.requires_grad_(True)
 
 
@@ -336,8 +395,5 @@ def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if child in new:
                 parent._modules[name] = new[child]
-
-
-def plain_name(name: str) -> str:
-    """A parameter's or module's name as it was before `inject`."""
-    return re.sub(r"(^|\.)base_layer(\.|$)", lambda m: m[1] and m[2], name)
+                if hasattr(parent, "_orig_mod"):  # torch.compile around this very layer has bound its forward
+                    parent._initialize()

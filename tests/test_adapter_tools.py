@@ -428,7 +428,7 @@ def test_gpt2_stores_its_weights_transposed(tmp_path):
 
 def test_checkpoints_are_streamed(tmp_path, monkeypatch):
     base, tuned = checkpoints(tmp_path)
-    alive, most, read = set(), [], extract.read
+    alive, most, read = set(), [], extract.read_tensor
 
     def watched(file, key):
         tensor = read(file, key)
@@ -437,7 +437,7 @@ def test_checkpoints_are_streamed(tmp_path, monkeypatch):
         most.append(len(alive))
         return tensor
 
-    monkeypatch.setattr(extract, "read", watched)
+    monkeypatch.setattr(extract, "read_tensor", watched)
     extract_adapter(base, tuned, tmp_path / "out", rank=3)
     assert len(most) == 2 * 21 and max(most) == 2
 

@@ -102,9 +102,9 @@ def test_the_student_version_is_written_where_one_is(place):
 
 
 WRITE = """
-from minilora import experiments, helpdesk, train
 from minilora.experiments.__main__ import main
-codes = [helpdesk.main([]), train.main(["--steps", "1"]), main(["targets"]), helpdesk.main(["--folder", "made"])]
+from minilora.helpdesk import __main__ as helpdesk, pretraining
+codes = [helpdesk.main([]), pretraining.main(["--steps", "1"]), main(["targets"]), helpdesk.main(["--folder", "made"])]
 print(codes)
 """
 
