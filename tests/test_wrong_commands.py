@@ -25,16 +25,15 @@ NO_TARGETS = ["nothing", "(", r"(q_proj)\1", "q_proj,nothing", ESCAPE, LONG, "(?
 
 # option -> values that are wrong wherever it stands; an integer or float is known by its type
 WRONG = {
-    "--plot": ["nothing/x.png", "x.foo", "x", "file/x.png", LONG + ".png"], "--device": NO_DEVICE, "--budget": NO_SIZE,
-    "--targets": NO_TARGETS, "--config": NO_FOLDER, "--store": ["file/x", "loop", LONG], "--out": [],
-    "--json": ["1"],
+    "--plot": ["nothing/x.png", "x.foo", "file/x.png", LONG + ".png"], "--device": NO_DEVICE, "--budget": NO_SIZE,
+    "--targets": NO_TARGETS, "--config": NO_FOLDER, "--out": [], "--store": [],
 }
 # command -> the right line that a wrong word is put into
 RIGHT = {
     "inspect": ["inspect", "a"], "truncate": ["truncate", "a", "o", "--rank", "2"],
     "extract": ["extract", "base", "tuned", "o", "--rank", "2"], "memory": ["memory", "--model", "gpt2"],
-    "fit": ["fit", "--model", "gpt2", "--card", "t4"], "claims": ["claims"], "models": ["models"], "cards": ["cards"],
-    "wire": ["wire"], "stream": ["stream", "--model", "qwen2.5-0.5b", "--plan"], "trace": ["trace", "--config", "hf"],
+    "fit": ["fit", "--card", "t4", "--model", "gpt2"], "claims": ["claims"], "models": ["models"], "cards": ["cards"],
+    "wire": ["wire"], "stream": ["stream", "--plan", "--model", "qwen2.5-0.5b"], "trace": ["trace", "--config", "hf"],
 }
 FITS = {("memory", "--prompt"), ("memory", "--new"), ("memory", "--adapters")}  # options of --serve
 
@@ -59,7 +58,7 @@ def wrong_values(option) -> list[str]:
     name = option.option_strings[0]
     if option.nargs == 0:
         return [f"{name}=1"]
-    values = WRONG.get(name) or {int: NO_INTEGER, float: NO_NUMBER}.get(option.type) or NO_WORD
+    values = WRONG[name] if name in WRONG else {int: NO_INTEGER, float: NO_NUMBER}.get(option.type) or NO_WORD
     return [f"{name}={value}" for value in values]
 
 
@@ -69,7 +68,7 @@ def lines_of(command: str) -> list[list[str]]:
     name = next((word for word in right if word.startswith("--")), None)
     lines = [[*right, "--serve", word] if (command, word.split("=")[0]) in FITS else
              [*without(right, word.split("=")[0]), word] for word in wrong]
-    lines += [[*right, word] for word in ("--bogus", "-q", "--", "surplus", ESCAPE, LONG, "--bogus=" + LONG, "--=", "-")]
+    lines += [[*right, word] for word in ("--bogus", "-q", "surplus", ESCAPE, LONG, "--bogus=" + LONG, "--=", "-")]
     lines += [right[:i] for i in range(1, len(right)) if name]  # something is missing
     lines += [[*right, option.option_strings[0]] for option in options_of(command) if option.nargs != 0]  # no value
     draw = random.Random(0)
