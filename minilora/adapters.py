@@ -27,9 +27,11 @@ from .layers import AdapterLayer, LoRALayer
 from .naming import plain_parameters
 from .peft_format import PREFIX, as_tensors_say, format_of, keys_of, usual_key, without
 from .planning import planned, trained_whole
+from .tables import quoted
 from .trained_copy import state_of
 
 CONFIG, WEIGHTS, FINGERPRINT = "adapter_config.json", "adapter_model.safetensors", "minilora.base"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of what an adapter's file may hold
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,12 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         raise ValueError(f"{folder} holds no {WEIGHTS}{hint}")
     tensors, metadata = read_safetensors(path)
     for key, t in tensors.items():
-        if not t.is_floating_point() or not t.float().isfinite().all():
-            raise ValueError(f"{key!r} in {path} holds {t.dtype} values that are not all finite floating-point numbers")
+        if t.dtype not in DTYPES:
+            raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values, expected finite floating-point numbers of "
+                             "16 bits or more")
+        if not all(part.isfinite().all() for part in t.flatten().split(2**22)):  # a part at a time: a file may be huge
+            raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values that are not all finite floating-point "
+                             "numbers")
     return tensors, metadata.get(FINGERPRINT)
 
 

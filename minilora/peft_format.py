@@ -13,6 +13,7 @@ from .config import LoRAConfig, entry_matches, variants
 from .injection import adapter_layers, lora_layers
 from .layers import LoRALayer
 from .naming import bare, plain_modules
+from .tables import quoted
 from .trained_copy import TrainedCopy
 
 PREFIX = "base_model.model."
@@ -50,7 +51,7 @@ def format_of(peft_type: str) -> Format:
         import_module(f"{__package__}.{room}")
     forms = {layer.peft_type: Format(PREFIX, written, read_lora) for layer in variants().values()} | FORMATS
     if peft_type not in list(forms):  # a file may say what has no hash
-        raise ValueError(f"is of peft_type {peft_type!r}; only {' or '.join(map(repr, forms))} can be loaded")
+        raise ValueError(f"is of peft_type {quoted(peft_type)}; only {' or '.join(map(repr, forms))} can be loaded")
     return forms[peft_type]
 
 
@@ -164,9 +165,9 @@ def read_lora(values: dict) -> LoRAConfig:
             raise ValueError(f"sets {setting}, which is not supported: an adapter here is A and B on whole "
                              "layers that target_modules names, nothing else")
     if (bias := values.get("bias", "none")) != "none":
-        raise ValueError(f"sets bias={bias!r}, which is not supported: it retrains the base's biases")
+        raise ValueError(f"sets bias={quoted(bias)}, which is not supported: it retrains the base's biases")
     if (start := values.get("init_lora_weights", True)) not in KEEPS_BASE:
-        raise ValueError(f"was initialised by {start!r}, which changes the base's weights: convert it to a "
+        raise ValueError(f"was initialised by {quoted(start)}, which changes the base's weights: convert it to a "
                          "plain adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)")
     found = {ours: values[theirs] for ours, theirs in settings_of(kind).items() if values.get(theirs) is not None}
     own = next((layer.choice for layer in variants().values() if layer.peft_type == kind != LoRALayer.peft_type), {})

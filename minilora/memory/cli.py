@@ -34,7 +34,7 @@ def memory_command(parser, arguments: list[str]) -> None:
     run = run_of(options, Serving if options.serve else Training)
     bill = estimate(spec_of(options), run)
     verdict = None
-    if options.card:
+    if options.card is not None:
         from .fitting import judge, turning_points
 
         verdict = judge(bill, options.card)
@@ -174,9 +174,9 @@ def add_option(parser, field) -> None:
 
 
 def spec_of(options) -> ModelSpec:
-    if options.family and options.model:
+    if options.family is not None and options.model is not None:
         raise ValueError("--family goes with --config: the family of a known model is known")
-    return ModelSpec.preset(options.model) if options.model else ModelSpec.from_config(options.config, options.family)
+    return ModelSpec.preset(options.model) if options.model is not None else ModelSpec.from_config(options.config, options.family)
 
 
 def run_of(options, kind: type[R]) -> R:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ALL_LINEAR, LoRAConfig
+from ..tables import plain, quoted
 from .activations import ACTIVATIONS
 from .config_file import Fields, read_config, suggest
 from .presets import CONFIGS
@@ -297,15 +298,15 @@ class ModelSpec:
             raise ValueError(unknown_family(kind, config, name))
         experts = None if FAMILIES[kind].experts else next((field for field in EXPERTS if config.get(field)), None)
         if experts:
-            raise ValueError(f"{name}: {experts} is {config[experts]!r}; layers of several experts are not priced")
+            raise ValueError(f"{name}: {experts} is {quoted(config[experts])}; layers of several experts are not priced")
         sizes = FAMILIES[kind].read(Fields(config, name, kind, FAMILIES[kind].names))
-        return cls(name=str(config.get("_name_or_path") or name), family=kind, **sizes)
+        return cls(name=plain(config.get("_name_or_path") or name, 80), family=kind, **sizes)
 
 
 def unknown_family(kind: object, config: Mapping, name: str) -> str:
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     lacks = [field for field in needed if field not in config]
-    what = "says no model_type" if kind is None else f"is of model_type {kind!r}"
+    what = "says no model_type" if kind is None else f"is of model_type {quoted(kind)}"
     if any(config.get(field) for field in EXPERTS):
         return f"{name} {what}; layers of several experts are not priced"
     read = (f"as a llama it lacks {', '.join(lacks)}" if lacks else "it has all sizes of a llama: if it is built as "
