@@ -13,7 +13,8 @@ def masked_cross_entropy(model: nn.Module, ids: Tensor, targets: Tensor, counted
 
     With `counted`, the sum divided by that: for rows that are a part of a batch, their part of its mean.
     """
-    logits, targets = model(ids).flatten(0, 1), targets.flatten()  # (B T, V), (B T,)
+    out = model(ids)  # logits (B, T, V), or an object that has them, as Hugging Face's models return
+    logits, targets = getattr(out, "logits", out).flatten(0, 1), targets.flatten()  # (B T, V), (B T,)
     if counted is None:
         return F.cross_entropy(logits, targets, ignore_index=IGNORE)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / counted

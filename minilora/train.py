@@ -4,6 +4,7 @@ import json
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from . import distributed
 from .checkpoints import read_safetensors, write_file
 from .config import check_name, is_number, require
+from .injection import without_gradient
 from .losses import IGNORE, masked_cross_entropy
 
 Loss = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
@@ -158,6 +160,9 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
                     part = loss(net, *rows, counted)
                     (part * processes).backward()  # gradients are averaged over the processes
                     total = total + part.detach()
+            if step == starts[0] and rank == 0 and (dead := without_gradient(net)):
+                warnings.warn(f"no gradient reaches the adapters at {', '.join(dead[:5])}{', ...' * (len(dead) > 5)}: they "
+                              "will stay as they started", stacklevel=2)
             total = distributed.gathered(total).sum()
             norm = distributed.full_tensor(nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip))
             if not (total.isfinite() and norm.isfinite()):

@@ -225,7 +225,8 @@ def test_an_estimate_answers_the_guess(capsys):
 
 # Every exercise of every notebook.
 
-MODULES = [import_module(f"minilora.check.{m.name}") for m in pkgutil.iter_modules(minilora.check.__path__)]
+MODULES = [import_module(f"minilora.check.{m.name}") for m in pkgutil.iter_modules(minilora.check.__path__)
+           if m.name.startswith("nb")]
 FOUND = {f"{m.__name__[-4:]}.{name}": (name, value) for m in MODULES for name, value in vars(m).items()
          if isinstance(value, (Exercise, Prediction, Estimate))}
 EXERCISES = {k: v for k, (_, v) in FOUND.items() if isinstance(v, Exercise)} | {"toy": TOY}

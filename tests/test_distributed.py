@@ -63,7 +63,8 @@ def test_the_numbers_are_those_of_one_process(parallel, together, alone):
         assert found[name] == pytest.approx(log.loss[:steps], abs=1e-12)  # but for the order of sums, they are equal
     assert found["norm"] == pytest.approx(log.grad_norm, abs=1e-12)
     first = run(model(), stop_at=1)  # in fp32: its first step, before training amplifies what rounding does
-    assert found["single"] == pytest.approx((first.loss[0], first.grad_norm[0]), rel=20 * torch.finfo(torch.float32).eps)
+    rounding = torch.finfo(torch.float32).eps
+    assert found["single"] == pytest.approx((first.loss[0], first.grad_norm[0]), rel=20 * rounding)
     a, b = (load_file(place / FILES[1]) for place in (folder / parallel / "trained", saved(alone)))
     assert all(torch.allclose(a[key], b[key], rtol=0, atol=1e-10) for key in a | b)
 
@@ -201,6 +202,26 @@ def test_alone_nothing_is_sent():
     with Wire() as wire:
         run(model(), parallel="fsdp", stop_at=2)
     assert wire.take() == {}
+
+
+# The other verbs
+
+
+def test_every_verb_is_right_or_refused_on_a_model_that_is_shared_out(tmp_path):
+    done = torchrun(2, "verbs", tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "verbs.json").read_text())
+    assert len(found) == 6
+    for name, got in found.items():
+        assert got["losses"][-1] < got["losses"][0] and got["trainable"] > 0, name
+        assert got["loaded"] <= 1e-5 and got["moved"] > 1e-3 and got["removed"], name
+        if name.startswith("ddp"):
+            assert got["said"].pop("merged") <= 1e-5 and set(got["said"]) == {"bank"}, name  # it has an adapter
+            assert "has adapters already" in got["said"]["bank"], name
+        else:
+            assert set(got["said"]) == {"merge", "bank", "remove"}, name
+            for verb in ("merge", "remove"):
+                assert "shared out over several processes" in got["said"][verb], name
 
 
 # Bad input, and bad luck

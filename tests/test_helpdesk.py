@@ -208,6 +208,8 @@ def test_tokenizer_by_hand():
     assert words("Order K482 is LATE.") == ["order", "k", "4", "8", "2", "is", "late", "."]
     assert words("<customer>hello,mia") == ["<customer>", "hello", ",", "mia"]
     assert tok.decode(tok.encode("order k 4 8 2 is late")) == "order k482 is late" and tok.encode("  \n") == []
+    for text in ("a 2 day wait", "i 2", "is it a 4 or b4 ?"):  # a and i are words, other single letters begin a code
+        assert tok.decode(tok.encode(text)) == text
     assert tok.words == vocabulary() and len(set(tok.words)) == len(tok)
 
 

@@ -146,6 +146,12 @@ def test_rope_settings_of_older_transformers(tmp_path):
     assert plain.rope_scaling is None and plain.rope_theta == 500000.0
 
 
+def test_rotary_frequencies_fall_from_one_to_one_over_theta():
+    """theta ** (-2 i / D) radians a position, for pair i of D / 2 (RoFormer, 3.2.2)."""
+    config = LlamaConfig(**SIZES, rope_theta=1000.0)  # D is 8
+    assert llama.rope_frequencies(config).tolist() == pytest.approx([1000 ** (-i / 4) for i in range(4)], rel=1e-6)
+
+
 @pytest.mark.parametrize("kind, settings, context", [
     ("mistral", {"sliding_window": 8}, 8), ("mistral", {"sliding_window": 4096}, 64), ("mistral", {}, 64),
     ("qwen2", {"sliding_window": 8}, 64), ("qwen2", {"sliding_window": 8, "use_sliding_window": True}, 8)])

@@ -1,10 +1,13 @@
 """The student version: solutions and outputs out, all else in, and each checker says that nothing is written yet."""
 
 import copy
+import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -62,7 +65,7 @@ def book():
 def released(book, tmp_path):
     (tmp_path / "solved").mkdir()
     nbformat.write(book, tmp_path / "solved" / "01_a.ipynb")
-    (path,), _ = release(tmp_path / "solved", tmp_path / "student")
+    (path,), _, _ = release(tmp_path / "solved", tmp_path / "student")
     return nbformat.read(path, as_version=4)
 
 
@@ -151,6 +154,69 @@ def test_a_solution_without_metadata_or_without_marks_is_refused(book):
         strip(unmarked)
 
 
+def test_a_file_that_cannot_be_read_is_named_and_the_others_are_released(book, tmp_path, capsys):
+    for name, text in {"02_b": "{", "03_c": "[]", "04_d": '{"cells": [{"source": 3}]}'}.items():
+        (tmp_path / f"{name}.ipynb").write_text(text)
+    (tmp_path / "05_e.ipynb").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "06_f.ipynb").mkdir()
+    nbformat.write(book, tmp_path / "07_g.ipynb")
+    assert main([str(tmp_path), str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == f"1 student notebooks in {tmp_path / 'out'}\n"
+    assert err.splitlines() == [
+        "not released: 02_b.ipynb is no notebook", "not released: 03_c.ipynb is no notebook",
+        "not released: 04_d.ipynb is no notebook",
+        "not released: 05_e.ipynb cannot be read: No such file or directory",
+        "not released: 06_f.ipynb cannot be read: Is a directory"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["07_g.ipynb"]
+
+
+def test_a_full_disk_leaves_no_half_notebook(book, tmp_path, capsys, monkeypatch):
+    """Which the next run would keep as somebody's work."""
+    for name in ("01_a", "02_b"):
+        nbformat.write(book, tmp_path / f"{name}.ipynb")
+    target, write, count = tmp_path / "out", os.fsync, []
+
+    def full(descriptor):
+        count.append(descriptor)
+        if len(count) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main([str(tmp_path), str(target)]) == 2
+    out, err = capsys.readouterr()
+    assert err == f"not released: {target / '01_a.ipynb'} cannot be written: No space left on device\n"
+    assert [path.name for path in target.iterdir()] == ["02_b.ipynb"]
+    assert main([str(tmp_path), str(target)]) == 0 and "kept" not in capsys.readouterr().out
+    (target / "01_a.ipynb").write_text("{")  # as the release of old left it
+    assert main([str(tmp_path), str(target)]) == 0 and "kept 1 more" in capsys.readouterr().out
+
+
+def test_a_release_killed_at_any_moment_leaves_whole_notebooks(tmp_path):
+    names = [path.name for path in FOLDER.glob("*.ipynb")]
+    whole = tmp_path / "whole"
+    release(FOLDER, whole)
+    for delay in (0.0, 0.01, 0.02, 0.04):
+        run = subprocess.Popen([sys.executable, "-c", "import sys, minilora.release as r; print(flush=True); "
+                                f"r.release(r.Path({str(FOLDER)!r}), r.Path({str(tmp_path / 'cut')!r}))"],
+                               stdout=subprocess.PIPE)
+        run.stdout.readline()
+        time.sleep(delay)
+        run.kill()
+        run.wait()
+        for path in (tmp_path / "cut").glob("*.ipynb"):
+            assert path.read_bytes() == (whole / path.name).read_bytes()
+    assert release(FOLDER, tmp_path / "cut").kept == [] and len(names) == 14
+
+
+def test_a_target_that_is_a_file_is_one_clear_line(book, tmp_path, capsys):
+    nbformat.write(book, tmp_path / "01_a.ipynb")
+    (tmp_path / "file").touch()
+    assert main([str(tmp_path), str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == f"cannot make the folder {tmp_path / 'file'}: File exists\n"
+
+
 def test_the_command(book, tmp_path, capsys):
     assert main([str(tmp_path), str(tmp_path / "out")]) == 2 and "no notebooks in" in capsys.readouterr().err
     nbformat.write(book, tmp_path / "01_a.ipynb")
@@ -180,3 +246,30 @@ def test_nbgrader_releases_grades_and_gives_feedback(book, tmp_path, monkeypatch
         assert ("not yet: double is not written yet" in page) == (student == "blank")
     with course.gradebook as grades:
         assert {s.student.id: s.score for s in grades.assignment_submissions("week")} == {"solved": 1, "blank": 0}
+
+
+def test_one_copied_cell_stops_no_class_and_no_slow_cell_is_cut_off(book, tmp_path, monkeypatch):
+    from nbgrader.apps import NbGraderAPI
+    from nbgrader.preprocessors import Execute
+    from traitlets.config import Config
+
+    from minilora.nbgrader_config import configure
+
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source" / "week").mkdir(parents=True)
+    nbformat.write(book, tmp_path / "source" / "week" / "01_a.ipynb")
+    doubled = copy.deepcopy(book)
+    doubled.cells[1:1] = copy.deepcopy(book.cells[1:2])
+    doubled.cells[1].source, doubled.cells[1].id = "def double(n):\n    return 0", "copy"
+    (tmp_path / "submitted" / "mia" / "week").mkdir(parents=True)
+    nbformat.write(doubled, tmp_path / "submitted" / "mia" / "week" / "01_a.ipynb")
+    config = Config({"CourseDirectory": {"root": str(tmp_path)}})
+    plain = NbGraderAPI(config=config.copy())
+    assert plain.generate_assignment("week")["success"] and not plain.autograde("week", "mia")["success"]
+    configure(config)
+    ours = NbGraderAPI(config=config)
+    assert ours.autograde("week", "mia")["success"]
+    with ours.gradebook as grades:
+        assert [s.score for s in grades.assignment_submissions("week")] == [1]
+    assert Execute().timeout == 30 and Execute(config=config).timeout == 600

@@ -42,7 +42,7 @@ MUTANTS = [
     Mutant("rsLoRA divides by the rank", "config.py", "alpha / math.sqrt(rank) if", "alpha / rank if"),
     Mutant("a target matches anywhere in a name", "config.py", 'name.endswith("." + entry)', "entry in name"),
     Mutant("a module's own alpha is ignored", "config.py",
-           "for key, alpha in self.alpha_pattern.items() if pattern_matches(key, name)", "for alpha in ()"),
+           "return self.alpha_table.get(name, self.alpha)", "return self.alpha"),
     # the layer
     Mutant("the update is not scaled in forward", "layers.py", "B.to(y.dtype).T, alpha=scaling)", "B.to(y.dtype).T)"),
     Mutant("the gradient of A is not scaled", "layers.py", "(grad @ b).mul_(ctx.scaling)", "(grad @ b)"),
@@ -73,11 +73,11 @@ MUTANTS = [
     Mutant("DoRA's norm leaves out the cross term", "variants/dora.py", "+ 2 * s * cross + s * s", "+ s * s"),
     # over a model
     Mutant("the base stays trainable", "injection.py", "    model.requires_grad_(False)\n", ""),
-    Mutant("the first target is left out", "injection.py", "for name in kinds if config.matches(name)]",
-           "for name in kinds if config.matches(name)][1:]"),
-    Mutant("the plan counts A alone", "injection.py", "if own not in layer.frozen)", "if own == \"lora_A\")"),
-    Mutant("all-linear takes the head too", "injection.py",
-           'modules[name] is not head and not entry_matches("lm_head", name)', "True"),
+    Mutant("the first target is left out", "planning.py", "for name in meant if name in kinds]",
+           "for name in meant if name in kinds][1:]"),
+    Mutant("the plan counts A alone", "planning.py", "if own not in layer.frozen)", "if own == \"lora_A\")"),
+    Mutant("all-linear takes the head too", "planning.py",
+           "if not is_head(model, modules, name)]", "if True]"),
     Mutant("remove leaves the base frozen", "injection.py", "        p.requires_grad_(True)\n", "        pass\n"),
     # on disk and in the bank
     Mutant("A and B are swapped in the file", "layers.py", '"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"',
@@ -92,10 +92,10 @@ MUTANTS = [
     Mutant("the product's SVD is not scaled", "spectrum.py",
            "(ms, es) = torch.frexp(b), torch.frexp(a), math.frexp(scale)",
            "(ms, es) = torch.frexp(b), torch.frexp(a), math.frexp(1.0)"),
-    Mutant("energy sums values, not squares", "spectrum.py", "e = relative(S).square().cumsum(0)",
-           "e = relative(S).cumsum(0)"),
-    Mutant("stable rank sums values, not squares", "spectrum.py", "return float(relative(S).square().sum())",
-           "return float(relative(S).sum())"),
+    Mutant("energy sums values, not squares", "spectrum.py", "e = relative(S, stacked).square().cumsum(-1)",
+           "e = relative(S, stacked).cumsum(-1)"),
+    Mutant("stable rank sums values, not squares", "spectrum.py", "return number(relative(S, stacked).square().sum(-1))",
+           "return number(relative(S, stacked).sum(-1))"),
     Mutant("subspace similarity divides by the larger", "spectrum.py", "torch.minimum(i[:, None], j)",
            "torch.maximum(i[:, None], j)"),
     Mutant("amplification looks along rows for columns", "spectrum.py",
@@ -121,6 +121,11 @@ MUTANTS = [
            "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
     Mutant("one layer too few", "llama.py", "for i, block in enumerate(self.layers):",
            "for i, block in enumerate(self.layers[:-1]):"),
+    Mutant("RoPE's exponent is half of what it is", "llama.py", "freq = 1.0 / config.rope_theta ** half",
+           "freq = 1.0 / config.rope_theta ** (half / 2)"),
+    Mutant("a, the word, begins a code when it is decoded", "helpdesk/tokens.py", "[b-hj-z])$", "[a-hj-z])$"),
+    Mutant("x A^T is not made again in the plan's backward", "memory/linears.py",
+           'again = ops.new(rows * rank, width, "x A^T again")', "again = None"),
     Mutant("the loss counts the prompt too", "helpdesk/tasks.py", "[IGNORE] * (len(head) - 1) + tail", "head[1:] + tail"),
     Mutant("gradients pile up over the steps", "train.py", "            opt.step()\n            opt.zero_grad()\n",
            "            opt.step()\n"),
@@ -163,7 +168,8 @@ def seen(copy: Path, *arguments: str) -> str:
 
 def unit(copy: Path, room: str) -> str:
     name = room.removesuffix(".py").replace("/", "_")
-    first = sorted(copy.glob(f"tests/test_{name}*.py")) or [copy / "tests" / "test_injection.py"]
+    folder = room.partition("/")[0].removesuffix(".py")
+    first = next(filter(None, (sorted(copy.glob(f"tests/test_{n}*.py")) for n in (name, folder, "injection"))))
     rest = sorted(p for p in copy.glob("tests/test_*.py") if p not in first
                   and p.name not in ("test_notebooks.py", "test_pages.py", "test_run_notebooks.py"))
     return seen(copy, *map(str, first)) or seen(copy, *map(str, rest))  # to collect all takes long

@@ -45,9 +45,8 @@ wire = Prediction("c", {
 
 
 def draw_counts(seed: int) -> tuple[int, int]:
-    rng = random.Random(seed)
-    parameters = rng.randint(10**6, 10**9)
-    return parameters, rng.randint(1, parameters // 3)
+    parameters = random.randint(10**6, 10**9)
+    return parameters, random.randint(1, parameters // 3)
 
 
 def state_reference(parameters: int, trainable: int) -> int:
@@ -67,10 +66,9 @@ state_bytes = Exercise("state_bytes", state_reference, draw_counts, [
 
 def draw_chain(seed: int) -> tuple[list[int], list[bool]]:
     """Widths of a chain of linear layers and which of them train; somewhere a frozen one lies above a trained one."""
-    rng = random.Random(seed)
     layers = 4 + seed
-    trains = [False, True, False, *(rng.random() < 0.5 for _ in range(layers - 3))]
-    return rng.sample(range(3, 60), layers + 1), trains
+    trains = [False, True, False, *(random.random() < 0.5 for _ in range(layers - 3))]
+    return random.sample(range(3, 60), layers + 1), trains
 
 
 def kept_reference(widths: list[int], trains: list[bool]) -> int:
@@ -103,7 +101,7 @@ kept_floats = Exercise("kept_floats", kept_reference, draw_chain, [
 
 def draw_ring(seed: int) -> tuple[int, int]:
     workers = (2, 3, 5, 8)[seed % 4]
-    return workers * random.Random(seed).randint(10**5, 10**8), workers
+    return workers * random.randint(10**5, 10**8), workers
 
 
 def ring_reference(trainable: int, workers: int) -> float:

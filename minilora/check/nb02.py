@@ -34,8 +34,7 @@ half_the_rank = Prediction("d", {
 
 
 def draw_shapes(seed: int) -> tuple[list[tuple[int, int]], int]:
-    rng = random.Random(seed)
-    shapes = [(8 * rng.randint(20, 60), 8 * rng.randint(61, 99)) for _ in range(2 + seed)]
+    shapes = [(8 * random.randint(20, 60), 8 * random.randint(61, 99)) for _ in range(2 + seed)]
     return shapes, (3, 8, 16, 5)[seed % 4]
 
 

@@ -2,12 +2,13 @@
 
 import copy
 import math
+import random
 
 import torch
 from torch import nn
 
+from ..grading.models import Pair, Tuned
 from . import Exercise, Prediction
-
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj",
          "model.layers.10.mlp.up_proj", "vision.my_q_proj", "q_proj", "q_proj.norm", "lm_head", "model.up_proj_2")
@@ -16,6 +17,15 @@ WANTED = (["q_proj"], ["up_proj", "lm_head"], ["layers.1.mlp.up_proj"], ["lm_hea
 
 def matched(names, targets):
     return [name for name in names if any(("." + name)[-len(target) - 1:] == "." + target for target in targets)]
+
+
+def draw_names(number: int) -> tuple[list[str], list[str]]:
+    """Names in which the targets stand whole, inside another word, and with dots of their own."""
+    words = random.sample(("query", "value", "gate", "lift", "squeeze", "mixer", "router", "halt"), 4)
+    parents = [f"{random.choice(('net', 'body', 'trunk'))}.{random.randint(0, 30)}" for _ in range(5)]
+    names = [random.choice((f"{p}.{w}", w, f"{p}.{w}.norm", f"{p}.old_{w}", f"{p}.{w}_2", f"{p}.sub.{w}", f"my_{w}"))
+             for p in parents for w in words]
+    return names, random.sample([*words[:3], f"sub.{words[3]}", f"{parents[0]}.{words[3]}"], random.randint(1, 3))
 
 
 find_targets = Exercise(
@@ -34,7 +44,8 @@ find_targets = Exercise(
       "the names must stay in the model's order: go through the names, not through the targets"),
      (lambda names, targets: list(targets), "these are the targets: return the names that they match"),
      (lambda names, targets: [n for n in names if all(("." + n).endswith("." + t) for t in targets)],
-      "one target that matches is enough: any, not all")])
+      "one target that matches is enough: any, not all")],
+    draw=draw_names)
 
 
 def shapes(seed: int) -> list[tuple[int, int]]:
@@ -59,6 +70,13 @@ def budgets(seed: int) -> tuple:
     return places, (5 * one + one // 2 + 7, 4 * one, one - 1, 1000 * one)[seed % 4]
 
 
+def draw_budget(number: int) -> tuple:
+    places = [(random.randint(8, 90), random.randint(8, 90)) for _ in range(random.randint(1, 4))]
+    one = counted(places, 1)
+    ranks = random.choice((random.random(), random.randint(1, 8), random.uniform(1, 8), random.randint(80, 900)))
+    return places, int(one * ranks)
+
+
 def unlimited(shapes, budget):
     return budget // sum(out + inp for out, inp in shapes)
 
@@ -81,30 +99,8 @@ largest_rank = Exercise(
      (lambda shapes, budget: min(budget // sum(out * inp for out, inp in shapes), min(map(min, shapes))),
       "rank r costs r * (d_out + d_in) a module, not r * d_out * d_in"),
      (lambda shapes, budget: min(budget // sum(shapes[0]), min(map(min, shapes))),
-      "that spends the budget on the first module alone: it must pay for all of them")])
-
-
-class Pair(nn.Module):
-    """up_up holds the name of up, begins with it and ends in it: no wrong comparison of names leaves it alone."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-        self.up_up = nn.Linear(2 * width, 2 * width)
-
-    def forward(self, x):
-        return self.down(self.up_up(self.up(x)).relu())
-
-
-class Tuned(nn.Module):
-    """Stands for a LoRA layer: it keeps its base, trains something of its own, and shows in the output."""
-
-    def __init__(self, base: nn.Module):
-        super().__init__()
-        self.base, self.factor = base, nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, x):
-        return self.factor * self.base(x)
+      "that spends the budget on the first module alone: it must pay for all of them")],
+    draw=draw_budget)
 
 
 def wrapped(model, target, layer):

@@ -1,6 +1,7 @@
 """Notebook 04, rank and alpha: two choices and four exercises."""
 
 import math
+import random
 from dataclasses import astuple, dataclass
 
 import torch
@@ -35,6 +36,10 @@ def loudnesses(seed: int) -> tuple:
     return ((16, 8, 32, False), (16, 8, 32, True), (32, 64, 4, False), (12, 3, 48, True))[seed % 4]
 
 
+def draw_loudness(number: int) -> tuple:
+    return random.randint(1, 64), random.randint(1, 64), random.randint(1, 64), random.random() < 0.5
+
+
 def found_by_scaling(alpha: float, rank: int, new_rank: int, use_rslora: bool) -> float:
     power = 0.5 if use_rslora else 1.0
     return alpha * math.exp(power * (math.log(new_rank) - math.log(rank)))
@@ -53,7 +58,8 @@ alpha_for = Exercise(
      (lambda alpha, rank, new_rank, use_rslora: alpha / (math.sqrt(rank) if use_rslora else rank),
       "that is the scaling; the question is which alpha gives it at the new rank"),
      (lambda alpha, rank, new_rank, use_rslora: alpha * (new_rank / rank) ** (1 if use_rslora else 0.5),
-      "the two cases are exchanged: use_rslora is the one with the root")])
+      "the two cases are exchanged: use_rslora is the one with the root")],
+    draw=draw_loudness)
 
 
 def power_laws(seed: int) -> tuple[list[float], list[float]]:
@@ -133,6 +139,12 @@ def knobs(seed: int) -> tuple:
     return 16.0 + seed, torch.randn(2 + seed, 5, dtype=torch.float64), 0.01 * (seed + 1), 0.03, p, q
 
 
+def draw_knobs(number: int) -> tuple:
+    p, q = random.uniform(0.2, 8), random.uniform(0.2, 8)
+    A0 = torch.randn(2 + number, 5, dtype=torch.float64)
+    return random.uniform(1, 64), A0, random.uniform(0.01, 0.1), random.uniform(0.01, 0.1), p, q
+
+
 def scaled(alpha: float, A0: Tensor, lr_A: float, lr_B: float, p: float, q: float) -> tuple:
     twin = Knobs(alpha, A0.clone(), lr_A, lr_B)
     twin.A0 *= p
@@ -160,4 +172,5 @@ twin = Exercise(
      (lambda alpha, A0, lr_A, lr_B, p, q: (alpha / (p + q), p * A0, p * lr_A, q * lr_B),
       "the factors multiply: B A is p q times as long, not p + q times"),
      (lambda alpha, A0, lr_A, lr_B, p, q: (alpha, p * A0, p * lr_A, q * lr_B),
-      "alpha is as before, and so the update is p q times as loud")])
+      "alpha is as before, and so the update is p q times as loud")],
+    draw=draw_knobs)

@@ -1,5 +1,7 @@
 """Notebook 05: energy, subspaces, amplification, intruders; two predictions about the rank of an update."""
 
+import random
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,11 @@ def matrix(seed: int, d_out: int, d_in: int, fall: float) -> Tensor:
 def draw_share(seed: int) -> tuple[Tensor, float]:
     # sizes and falls at which every mistake gives another count somewhere
     return matrix(seed, 18 + seed, 26 - seed, (0.9, 0.85, 0.93, 0.95)[seed]), (0.9, 0.7, 0.95, 0.5)[seed]
+
+
+def draw_any_share(number: int) -> tuple[Tensor, float]:
+    sizes = random.randint(14, 30), random.randint(14, 30)
+    return matrix(number, *sizes, random.uniform(0.75, 0.97)), random.uniform(0.3, 0.97)
 
 
 def counted(delta: Tensor, share: float) -> int:
@@ -58,7 +65,7 @@ rank_for_energy = Exercise("rank_for_energy", counted, draw_share, [
      "this is the share of the directions, not of the energy they hold"),
     (lambda delta, share: int(torch.linalg.matrix_rank(delta)),
      "this is the rank itself, which counts a direction however small it is"),
-])
+], draw=draw_any_share)
 
 
 def draw_adapters(seed: int) -> tuple[Tensor, Tensor, int, int]:
@@ -155,6 +162,22 @@ def draw_before_and_after(seed: int) -> tuple[Tensor, Tensor, int, float]:
     return W0, W0 + S[0] * change, k, 0.6
 
 
+def draw_any_change(number: int) -> tuple[Tensor, Tensor, int, float]:
+    """Some loud new directions, some old ones that come up, and no cosine so near epsilon that rounding could decide."""
+    while True:
+        d_out, d_in, k = random.randint(20, 28), random.randint(20, 32), random.randint(4, 9)
+        news, olds = random.randint(0, 4), random.sample(range(14), random.randint(1, 3))
+        W0, epsilon = matrix(number, d_out, d_in, 0.9), random.uniform(0.4, 0.7)
+        U, S, Vh = torch.linalg.svd(W0)
+        u, v = (torch.linalg.qr(torch.randn(d, 5, dtype=torch.float64)).Q[:, :news] for d in (d_out, d_in))
+        rises = [torch.rand(n, dtype=torch.float64) * 1.5 + 0.8 for n in (news, len(olds))]
+        W = W0 + S[0] * (u * rises[0] @ v.T + U[:, olds] * rises[1] @ Vh[olds])
+        new, values, _ = torch.linalg.svd(W)
+        nearest = (U[:, :min(d_out, d_in)].T @ new[:, :k]).abs().amax(0)
+        if (nearest - epsilon).abs().min() > 1e-4 and (values[:k] - values[1:k + 1]).min() > 1e-3 * values[0]:
+            return W0, W, k, epsilon
+
+
 def by_cosines(count):
     """The mistake that makes `count` of the |cosines| (old, new) of the left singular vectors, and of k and epsilon."""
     def mistake(W0, W, k, epsilon):
@@ -188,7 +211,7 @@ intruders = Exercise("intruders", intruding, draw_before_and_after, [
      "this counts old directions that are gone: ask for each of the new W's directions whether an old one is near"),
     (lambda W0, W, k, epsilon: by_cosines(lambda C, k, e: (C.abs()[:, :k].amax(0) < e).sum())(W0.T, W.T, k, epsilon),
      "these are the right singular vectors; the definition takes the left ones, U"),
-])
+], draw=draw_any_change)
 
 
 how_many_directions = Prediction("b", {

@@ -1,9 +1,9 @@
 """Notebook 06, a fair race: two choices and three exercises."""
 
 import math
+import random
 import statistics
 from collections import defaultdict
-
 
 from . import Exercise, Prediction
 
@@ -38,6 +38,12 @@ def sweep_rows(seed: int) -> tuple[list[dict]]:
     factor = 1 + seed // 2
     return ([{"lr": lr, "seed": s, "validation": v * factor, "loss": t * factor}
              for lr, scores in tables[seed % 2].items() for s, (v, t) in enumerate(scores)],)
+
+
+def draw_rows(number: int) -> tuple[list[dict]]:
+    rates = random.sample((1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), random.randint(3, 5))
+    return ([{"lr": lr, "seed": s, "validation": random.uniform(0.1, 3), "loss": random.uniform(0.1, 3)}
+             for lr in rates for s in range(random.randint(2, 4))],)
 
 
 def fair(rows: list[dict]) -> tuple[float, float]:
@@ -83,13 +89,21 @@ fair_score = Exercise(
      (lambda rows: fair(rows)[::-1], "the right two values in the wrong order: first the learning rate"),
      (lambda rows: (max({r["lr"] for r in rows}, key=lambda lr: sum(r["validation"] for r in rows if r["lr"] == lr)),
                     pick_by("validation", "loss")([r | {"validation": -r["validation"]} for r in rows])[1]),
-      "the largest loss is chosen: the smallest is the best")])
+      "the largest loss is chosen: the smallest is the best")],
+    draw=draw_rows)
 
 
 def u_curve(seed: int) -> tuple[list[float], list[float]]:
     rates = ([1e-3, 3e-3, 1e-2], [3e-4, 1e-3, 3e-3], [2e-3, 4e-3, 1e-2], [1e-3, 3e-3, 1e-2])[seed % 4]
     bottom, width = rates[1] * (1.3, 0.8, 1.1, 0.7)[seed % 4], (0.3, 0.5, 0.9, 0.15)[seed % 4]
     return rates, [0.02 * (1 + seed) * math.exp(width * math.log(rate / bottom) ** 2) for rate in rates]
+
+
+def draw_curve(number: int) -> tuple[list[float], list[float]]:
+    middle, left, right = 10 ** random.uniform(-4, -2), random.uniform(2, 4), random.uniform(2, 4)
+    rates = [middle / left, middle, middle * right]
+    bottom, width, least = middle * random.uniform(0.7, 1.4), random.uniform(0.2, 0.9), random.uniform(0.01, 0.2)
+    return rates, [least * math.exp(width * math.log(rate / bottom) ** 2) for rate in rates]
 
 
 def vertex(rates, losses, log_x=True, log_y=True) -> float:
@@ -117,11 +131,16 @@ bottom = Exercise(
       "the sign is lost: the vertex of a x^2 + b x + c lies at -b / 2a"),
      (lambda rates, losses: vertex(rates, losses) ** 2, "the 2 is lost: the vertex of a x^2 + b x + c lies at -b / 2a"),
      (lambda rates, losses: min(losses), "that is a loss; the question is at which rate it is least")],
-    tolerance=1e-4)
+    tolerance=1e-4, draw=draw_curve)
 
 
 def three_losses(seed: int) -> tuple[float, float, float]:
     return ((4.0, 0.5, 0.25), (2.0, 1.5, 0.5), (3.0, 0.3, 0.6), (1.0, 0.9, 0.2))[seed % 4]
+
+
+def draw_losses(number: int) -> tuple[float, float, float]:
+    base = random.uniform(2, 6)
+    return base, random.uniform(0.1, 1.5), random.uniform(0.1, 1.5)
 
 
 benefit = Exercise(
@@ -137,4 +156,5 @@ benefit = Exercise(
      (lambda base, lora, full: (lora - base) / (base - full),
       "the sign is wrong: a loss below the base's is a benefit"),
      (lambda base, lora, full: min(1.0, (base - lora) / (base - full)),
-      "do not cap it: LoRA may get more than full fine-tuning, and then the share is above 1")])
+      "do not cap it: LoRA may get more than full fine-tuning, and then the share is above 1")],
+    draw=draw_losses)

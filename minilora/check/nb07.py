@@ -1,23 +1,26 @@
 """Notebook 07: a healthy start, a frozen base, a diagnosis; predictions about symptoms; six patients."""
 
+import random
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..grading.models import Layer
 from . import Exercise, Prediction
 
 # ---------------------------------------------------------------- healthy_start
 
 
-def factors(seed: int) -> tuple:
+def factors(seed: int, way: int | None = None) -> tuple:
     """A (r, d_in) and B (d_out, r), in turn: as LoRA starts, both zero, neither, as an embedding starts, both random
     with a product of zero."""
     rank, d_in, d_out = 2 + seed % 3, 5 + seed, 4 + seed
     A, B = torch.randn(rank, d_in), torch.randn(d_out, rank)
-    if seed == 4:
+    way = seed if way is None else way
+    if way == 4:
         A[0], B[:, 1:] = 0, 0
-    return A * (seed not in (1, 3)), B * (seed not in (0, 1))
+    return A * (way not in (1, 3)), B * (way not in (0, 1))
 
 
 def started(A, B):
@@ -44,19 +47,10 @@ healthy_start = Exercise(
      (lambda A, B: "healthy" if (B @ A).any() else "never moves",
       "a product that is not zero changes the model before the first step: not the base"),
      (lambda A, B: started(A, B) == "healthy", "return one of the three words, not True or False")],
-    rounds=5)
+    rounds=5, draw=lambda number: factors(number, random.randrange(5)))
 
 
 # ---------------------------------------------------------------- is_frozen
-
-
-class Layer(nn.Module):
-    """As minilora's LoRA layer is named."""
-
-    def __init__(self):
-        super().__init__()
-        self.base_layer = nn.Linear(3, 3)
-        self.lora_A, self.lora_B = nn.Parameter(torch.ones(1, 3)), nn.Parameter(torch.zeros(3, 1))
 
 
 def frozen_or_not(seed: int) -> tuple:
@@ -74,6 +68,25 @@ def frozen_or_not(seed: int) -> tuple:
     model["v_proj"].lora_B.requires_grad_(seed != 4)
     for p in model.parameters():
         p.grad = torch.ones_like(p) if p.requires_grad and seed != 5 else None
+    return (model,)
+
+
+def draw_freezing(number: int) -> tuple:
+    """Names at random; half the time all is as it should be, else one parameter trains that should not, or does not
+    and should."""
+    names = random.sample(("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"), random.randint(2, 5))
+    others = random.sample(("norm", "lora_Annex", "embed", "head", "my_lora_B"), random.randint(1, 4))
+    kinds = [(name, Layer()) for name in names] + [(name, random.choice((nn.LayerNorm(3), nn.Linear(3, 3))))
+                                                   for name in others]
+    model = nn.ModuleDict(random.sample(kinds, len(kinds)))
+    for name, p in model.named_parameters():
+        p.requires_grad_(own(name))
+    if random.random() < 0.5:
+        flipped = random.choice([*model.parameters()])
+        flipped.requires_grad_(not flipped.requires_grad)
+    has_run = random.random() < 0.7
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad and has_run else None
     return (model,)
 
 
@@ -107,7 +120,7 @@ is_frozen = Exercise(
       "a base has more than weights: a bias that trains is a leak too"),
      (judged(lambda name: "base_layer" in name or own(name)),
       "not only the base_layer inside an adapter can leak: norms, embeddings and other modules must be frozen too")],
-    rounds=6)
+    rounds=6, draw=draw_freezing)
 
 
 # ---------------------------------------------------------------- diagnose
@@ -118,7 +131,10 @@ WAYS = ("healthy", "rank", "modules", "base", "zeros", "unfrozen", "scale", "unf
 
 def reports(seed: int) -> tuple:
     """A report like those of `experiments.examine`; the second of a fault is a case that a short cut gets wrong."""
-    way, again = WAYS[seed], seed >= 7
+    return (report_of(WAYS[seed], seed >= 7),)
+
+
+def report_of(way: str, again: bool) -> dict:
     vary = torch.rand(6).mul(0.2).add(0.9).tolist()
     seen = {"modules": PLANNED, "planned": PLANNED, "grad_A": 0.4 * vary[0], "grad_B": 0.5 * vary[1],
             "update": 0.12 * vary[2], "base_changed": False, "base_exact": 0.955, "exact": 0.99, "served": 0.99}
@@ -134,7 +150,19 @@ def reports(seed: int) -> tuple:
                     {"base_changed": True, "exact": 0.05, "served": 0.0},
         "scale": {"served": 0.3},
     }[way]
-    return (seen,)
+    return seen
+
+
+def draw_report(number: int) -> tuple:
+    """Other numbers each time, on the same side of every threshold."""
+    way = random.randrange(len(WAYS))
+    seen = report_of(WAYS[way], way >= 7)
+    for key in ("base_exact", "exact", "served"):
+        seen[key] = random.uniform(0.91, 1.0) if seen[key] >= 0.9 else seen[key] * random.uniform(0.4, 1.1)
+    if WAYS[way] in ("rank", "modules", "base"):
+        seen["served"] = seen["exact"]
+    planned, reached = random.randint(20, 60), seen["modules"] / PLANNED
+    return (seen | {"planned": planned, "modules": planned if reached == 1 else random.randint(1, planned - 1)},)
 
 
 def named(report):
@@ -175,7 +203,7 @@ diagnose = Exercise(
       "low exact has more causes than the rank: it comes last, when base and modules are in order"),
      (lambda report: {"zeros": "both zero"}.get(named(report), named(report)),
       "return one of the seven words: healthy, rank, modules, base, zeros, unfrozen, scale")],
-    rounds=len(WAYS))
+    rounds=len(WAYS), draw=draw_report)
 
 # ---------------------------------------------------------------- predictions
 

@@ -2,6 +2,7 @@
 choices, on latency and on drift."""
 
 import math
+import random
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,10 @@ def gap_reference(w: float, bits: int) -> float:
     return math.ldexp(1.0, math.frexp(w)[1] - 1 - bits)
 
 
+def draw_weight(number: int) -> tuple[float, int]:
+    return random.choice((-1, 1)) * 2.0 ** random.uniform(-12, 12), random.choice((7, 10, 23, 3, 52))
+
+
 def floor_log(w: float) -> int:
     return math.floor(math.log2(abs(w)))
 
@@ -68,7 +73,7 @@ gap = Exercise("gap", gap_reference, lambda seed: ((0.8, -3.0, 1.3, 0.01)[seed],
     (lambda w, bits: 2.0 ** (math.floor(math.log2(w)) - bits), "a weight may be negative: take the size of w first"),
     (lambda w, bits: 10.0 ** (math.floor(math.log10(abs(w))) - bits), "the digits are binary: powers of 2, not of 10"),
     (lambda w, bits: 2.0 ** floor_log(w), "this is the power of two below |w|; its last digit is 2^bits times finer"),
-])
+], draw=draw_weight)
 
 
 def draw_update(seed: int) -> tuple[Tensor, Tensor]:

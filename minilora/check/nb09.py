@@ -113,6 +113,12 @@ HERE = "6d133aa7ec5e-3ba2729cc6db"
 FOUND = (HERE, "6d133aa7ec5e-0123456789ab", "0123456789ab-3ba2729cc6db", None)
 
 
+def draw_fingerprints(number: int) -> tuple[str | None, str]:
+    shape, weights, other = (f"{random.getrandbits(48):012x}" for _ in range(3))
+    return (random.choice((f"{shape}-{weights}", f"{shape}-{other}", f"{other}-{weights}", f"{other}-{shape}", None)),
+            f"{shape}-{weights}")
+
+
 def compared(adapter: str | None, model: str) -> str:
     pairs = zip((adapter or "").split("-"), model.split("-"))
     equal = tuple(a == b for a, b in pairs)
@@ -145,12 +151,12 @@ compare_bases = Exercise("compare_bases", compared, lambda seed: (FOUND[seed], H
      "the same architecture is not yet the same base: the part after the dash must agree too"),
     (lambda adapter, model: answers()("-".join(adapter.split("-")), model),
      "adapter may be None, which has no parts to split: look for that first"),
-])
+], draw=draw_fingerprints)
 
 
 def draw_scores(seed: int) -> tuple[dict, str, dict, float]:
-    rng, home = random.Random(seed), {"tone": "tone", "ticket_v2": "ticket", "legal": "policy", "night": "tone"}
-    scores = {(base, adapter, task): round(rng.random(), 2) for base in ("v1", "v2") for adapter in home
+    home = {"tone": "tone", "ticket_v2": "ticket", "legal": "policy", "night": "tone"}
+    scores = {(base, adapter, task): round(random.random(), 2) for base in ("v1", "v2") for adapter in home
               for task in ("tone", "ticket", "policy")}
     sure = {("v1", "tone", "tone"): 0.95, ("v2", "tone", "tone"): 0.60, ("v1", "ticket_v2", "ticket"): 0.90,
             ("v1", "ticket_v2", "policy"): 0.20, ("v2", "ticket_v2", "ticket"): 0.97, ("v1", "night", "tone"): 0.4,
@@ -160,6 +166,15 @@ def draw_scores(seed: int) -> tuple[dict, str, dict, float]:
     scores |= sure
     del scores["v2", "legal", "policy"]  # nobody has looked
     return scores, ("v1", "v2")[seed % 2], home, 0.9
+
+
+def draw_any_scores(number: int) -> tuple[dict, str, dict, float]:
+    kinds, bases, floor = ("tone", "ticket", "policy", "style"), ("v1", "v2", "v3"), random.choice((0.5, 0.7, 0.9))
+    names = random.sample(("tone", "night", "legal", "acme", "zen", "ticket"), random.randint(2, 5))
+    home = {name: random.choice(kinds) for name in names}
+    scores = {(base, name, kind): random.choice((floor, round(random.random(), 2), 0.95))
+              for base in bases for name in names for kind in kinds if random.random() < 0.85}
+    return scores, random.choice(bases), home, floor
 
 
 def shipped(scores, base, home, floor):
@@ -194,7 +209,7 @@ may_ship = Exercise("may_ship", shipped, draw_scores, [
      "these are the ones that fail"),
     (gate(lambda scores, base, a, home, floor: scores[base, a, home[a]] >= floor),
      "a score may be missing: scores.get, and no score is no pass"),
-])
+], draw=draw_any_scores)
 
 
 another_version = Prediction("d", {

@@ -1,5 +1,6 @@
 """Notebook 10, a 4-bit base: two choices, and the three steps from weights to stored bytes."""
 
+import random
 from fractions import Fraction
 
 import torch
@@ -35,6 +36,17 @@ def blocks_and_levels(seed: int) -> tuple:
     weight = torch.randn(3 + seed, block) * torch.tensor([1.0, -3.0, 0.2, 7.0, 0.5, 2.0])[:3 + seed, None]
     weight[:, 1] = -3.5 * weight.abs().amax(1)  # the largest magnitude is negative
     return weight.flatten(), levels, block
+
+
+def draw_blocks(number: int) -> tuple:
+    """No weight lies so near the middle between two levels that rounding could decide."""
+    while True:
+        weight, levels, block = blocks_and_levels(number)
+        blocks = weight.double().view(-1, block)  # (b, block)
+        x = blocks / blocks.abs().amax(1, keepdim=True)
+        first, second = (x[..., None] - levels.double()).abs().sort(-1).values[..., :2].unbind(-1)
+        if (second - first).min() > 1e-5:
+            return weight, levels, block
 
 
 def one_by_one(weight, levels, block):
@@ -96,7 +108,7 @@ quantise = Exercise(
       "that is the level above the weight; the nearest may be the one below"),
      (strided, "a block is a run of neighbouring weights: view(-1, block), one block a row"),
      (values_of, "these are the levels themselves: a code is the number of the level, from 0 on")],
-    observe=codes_and_tops)
+    observe=codes_and_tops, draw=draw_blocks)
 
 
 def draw_codes(seed: int) -> tuple:
@@ -127,6 +139,10 @@ def draw_sizes(seed: int) -> tuple:
     return (4, 3, 2, 8)[seed % 4], (64, 32, 128, 16)[seed % 4], (8, 16, 8, 6)[seed % 4], (256, 64, 128, 32)[seed % 4]
 
 
+def draw_any_sizes(number: int) -> tuple:
+    return (random.randint(1, 8), *(random.choice((8, 16, 32, 64, 128, 256)) for _ in range(3)))
+
+
 def counted(code_bits, block, absmax_bits, absmax_block):
     """All that is stored of absmax_block blocks, over their weights."""
     weights = block * absmax_block
@@ -145,4 +161,4 @@ bits_a_weight = Exercise(
      (lambda c, b, a, s: (c + a / b + 32 / (b * s)) / 8, "these are bytes; the question is how many bits"),
      (lambda c, b, a, s: c + a + 32,
       "a block's absmax is stored once, so each weight of the block bears a part of it")],
-    observe=lambda result, *_: float(result))
+    observe=lambda result, *_: float(result), draw=draw_any_sizes)

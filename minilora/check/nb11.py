@@ -1,7 +1,10 @@
 """Notebook 11, 175B on a consumer GPU: a choice, an estimate, and four exercises from the count to the verdict."""
 
+import random
+
 import torch
 
+from ..grading.models import Residual
 from . import Estimate, Exercise, Prediction
 
 enough = Prediction("d", {
@@ -25,6 +28,10 @@ def draw_decoder(seed: int) -> tuple[int, int, int, int]:
     return 2 + 3 * seed, 16 * (seed + 1), 1000 + 7 * seed, 128 + 32 * seed
 
 
+def draw_any_decoder(number: int) -> tuple[int, int, int, int]:
+    return random.randint(1, 12), 8 * random.randint(1, 12), random.randint(300, 3000), random.randint(60, 500)
+
+
 def every_tensor(layers: int, d: int, vocab: int, context: int) -> int:
     attention = [(d, d), (d,)] * 4
     mlp = [(4 * d, d), (4 * d,), (d, 4 * d), (d,)]
@@ -46,12 +53,20 @@ gpt_parameters = Exercise("gpt_parameters", every_tensor, draw_decoder, [
     (lambda n, d, v, c: every_tensor(n, d, v, c) - 9 * d * n,
      "the biases of the linears are missing: 4 d in attention, 4 d + d in the MLP"),
     (lambda n, d, v, c: every_tensor(n, d, v, c) - 2 * d * d * n,
-     "attention has four matrices: q, k, v and the output")])
+     "attention has four matrices: q, k, v and the output")],
+    draw=draw_any_decoder)
 
 
 # (need, usable): fits, not, overlapping, exactly at the edge, inside, fits by a hair, not by a hair, the other edge
 RANGES = (((8, 11), (22, 23)), ((30, 41), (22, 23)), ((19, 24), (20, 23)), ((18, 22), (22, 23)),
           ((21, 22), (20, 23)), ((18, 22), (22.1, 24)), ((23.1, 29), (22, 23)), ((23, 29), (22, 23)))
+
+
+def draw_ranges(number: int) -> tuple[tuple, tuple]:
+    low, card = random.randint(5, 40), random.randint(10, 40)
+    need, usable = (low, low + random.randint(0, 12)), (card, card + random.randint(0, 6))
+    edge = random.choice((None, None, (need[0], need[1] + usable[0] - need[1]), (usable[1], usable[1] + 3)))
+    return (need if edge is None or edge[0] > edge[1] else edge), usable
 
 
 def judged(need, usable):
@@ -80,24 +95,12 @@ verdict = Exercise("verdict", judged, RANGES.__getitem__, [
      "the middles of two ranges settle nothing: where the ranges overlap it is too close to call"),
     (by(lambda n, u: n[1] <= u[0], lambda n, u: True),
      "between the two sure cases there is a third: too close to call")],
-    rounds=len(RANGES))
-
-
-class Backward(Exercise):
-    """Calls the function as autograd calls a backward: with the recording of operations turned off."""
-
-    def outcome(self, function, seed):
-        with torch.no_grad():
-            return super().outcome(function, seed)
+    rounds=len(RANGES), draw=draw_ranges)
 
 
 def draw_layer(seed: int) -> tuple:
     d, rank = 4 + seed, 2
-    W = torch.randn(d, d)
-
-    def layer(x, A, B):
-        return x + torch.tanh(x @ W.T + x @ A.T @ B.T)
-
+    layer = Residual(torch.randn(d, d))
     A, B = torch.randn(rank, d, requires_grad=True), torch.randn(d, rank, requires_grad=True)
     return layer, (torch.randn(3, d), A, B), torch.randn(3, d)  # x as from a frozen embedding
 
@@ -115,7 +118,7 @@ def run_again(grad_of, detach=True, record=True):
     return wrong
 
 
-revisit = Backward("revisit", by_hand, draw_layer, [
+revisit = Exercise("revisit", by_hand, draw_layer, [
     (run_again(torch.autograd.grad, record=False),
      "nothing was recorded: inside backward autograd is off, so run the layer again under torch.enable_grad()"),
     (run_again(torch.autograd.grad, detach=False),
@@ -128,11 +131,16 @@ revisit = Backward("revisit", by_hand, draw_layer, [
      "the gradient of x alone: the adapter's A and B want theirs too"),
     (run_again(lambda y, fresh, grad: torch.autograd.grad(y, fresh[1:], grad)),
      "the gradient of x is missing: without it nothing reaches the layers below"),
-    (run_again(lambda y, fresh, grad: y), "that is the layer's output once more; its gradients are wanted")])
+    (run_again(lambda y, fresh, grad: y), "that is the layer's output once more; its gradients are wanted")],
+    recorded=False)
 
 
 def draw_store(seed: int) -> tuple[int, int, int]:
     return (900, 40, 7000, 120)[seed % 4], (96, 12, 8, 33)[seed % 4], (1200, 30, 900, 121)[seed % 4]
+
+
+def draw_any_store(number: int) -> tuple[int, int, int]:
+    return random.randint(10, 5000), random.randint(4, 100), random.randint(10, 9000)
 
 
 def played(layer: int, layers: int, head: int) -> tuple[int, int]:
@@ -166,4 +174,5 @@ streamed = Exercise("streamed", played, draw_store, [
     (turning(2), "one of three is missing: the last layer is there at the turn, and the first two are at the start"),
     (lambda w, n, h: (w + max(w, h), n * w + h), "backward visits the layers once more"),
     (lambda w, n, h: (w + max(w, h), 3 * n * w + h), "nothing is written back: a frozen weight only ever comes"),
-    (lambda w, n, h: (w + max(w, h), (2 * n - 3) * w), "the head passes over the bus too, once")])
+    (lambda w, n, h: (w + max(w, h), (2 * n - 3) * w), "the head passes over the bus too, once")],
+    draw=draw_any_store)

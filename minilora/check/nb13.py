@@ -1,5 +1,7 @@
 """Notebook 13, ship an adapter: two choices, and three exercises: the budget, the serving plan, the acceptance rule."""
 
+import random
+
 from . import Exercise, Prediction
 
 equals = Prediction("c", {
@@ -32,6 +34,15 @@ OFFERS = (
     ([(1, 1, (2, 3)), (8, 8, (7, 11)), (9, 9, (10, 13)), (4, 4, (4, 9))], 9, (9, 12)),
     ([(6, 60, (9, 9)), (5, 50, (8, 8)), (12, 70, (9, 10))], 65, (11, 11)),
 )
+
+
+def draw_offers(number: int) -> tuple:
+    options = []
+    for rank in random.sample(range(1, 65), random.randint(2, 6)):
+        low = random.randint(5, 30)
+        options.append((rank, random.randint(1, 12) * 10, (low, low + random.randint(0, 8))))
+    card = random.choice((random.randint(10, 35), options[0][2][1]))
+    return options, random.choice((random.randint(10, 130), options[-1][1])), (card, card + random.randint(0, 6))
 
 
 def largest_within(options, file_budget, usable):
@@ -69,7 +80,7 @@ affordable_rank = Exercise("affordable_rank", largest_within, OFFERS.__getitem__
     (where(sound, lambda ranks: min(ranks, default=0)), "that is the smallest affordable rank; the largest is wanted"),
     (where(sound, max), "where no rank is affordable the answer is 0; max of nothing is an error"),
     (where(sound, lambda ranks: max(ranks, default=None)), "where no rank is affordable the answer is 0, not None")],
-    rounds=len(OFFERS))
+    rounds=len(OFFERS), draw=draw_offers)
 
 
 # traffic, a base's bytes, an adapter's, memory: one copy, none (the shared base fills it), all (no shared base needed,
@@ -84,6 +95,15 @@ HOUSES = (
     ({"s": 80, "t": 10, "o": 30}, 10, 4, 31),
     ({"s": 8, "t": 10, "o": 30, "z": 1}, 10, 2, 43),
 )
+
+
+def draw_house(number: int) -> tuple[dict, int, int, int]:
+    """Room for a whole number of copies, or a little more or less."""
+    names = random.sample("abcdefghijklmnop", random.randint(2, 7))
+    traffic = dict(zip(names, random.sample(range(1, 1000), len(names))))
+    base, adapter, copies = random.randint(20, 200), random.randint(1, 9), random.randint(0, len(names) + 1)
+    room = held(copies, len(names), base, adapter) + random.choice((0, 0, -1, 1, random.randint(0, base)))
+    return traffic, base, adapter, max(room, base + adapter * len(names))
 
 
 def peel(traffic, base, adapter, memory):
@@ -135,7 +155,7 @@ merged_copies = Exercise("merged_copies", peel, HOUSES.__getitem__, [
     (most(held, fits=lambda h, m: h < m), "exactly as much memory as there is does fit: <=, not <"),
     (most(held, give=lambda names, k: names[k:]), "those are the routed ones; who gets a copy?"),
     (most(held, give=lambda names, k: k), "that is how many; give their names, the busiest first")],
-    rounds=len(HOUSES))
+    rounds=len(HOUSES), draw=draw_house)
 
 
 # right replies by candidate, the control, the margin: the test disagrees, nobody passes, exactly the margin, the first
@@ -160,6 +180,16 @@ SCORES = (
     ({"base": {"validation": 2, "test": 1}, "g": {"validation": 3, "test": 9},
       "h": {"validation": 4, "test": 2}}, "base", 5),
 )
+
+
+def draw_any_scores(number: int) -> tuple[dict, str, int]:
+    """No two candidates have the same validation score, so that one of them is the best."""
+    names = random.sample(("base", "x", "y", "old", "new", "random", "p", "q"), random.randint(2, 6))
+    validation = random.sample(range(20, 60), len(names))
+    right = {name: {"validation": v, "test": random.randint(10, 80)} for name, v in zip(names, validation)}
+    control = random.choice(names)
+    best = max(validation) - right[control]["validation"]
+    return right, control, random.choice((random.randint(0, 12), best, best + 1))
 
 
 def gate(right, control, margin):
@@ -208,4 +238,4 @@ accepted = Exercise("accepted", gate, SCORES.__getitem__, [
     (rule(by_validation, key=lambda s: -s["validation"]), "that is the worst one that passes; the best is wanted"),
     (rule(by_validation, others=False), "the control is there to be beaten: it cannot be accepted itself"),
     (everyone, "those are all that pass; one name is wanted, the best on validation, or None")],
-    rounds=len(SCORES))
+    rounds=len(SCORES), draw=draw_any_scores)

@@ -1,6 +1,7 @@
 """Notebook 14: a mean over the words there are, a share of a spectrum, PEFT's names; a prediction about a probe."""
 
 import math
+import random
 
 import torch
 from torch import Tensor
@@ -79,6 +80,11 @@ effective_share = Exercise("effective_share", by_entropy, draw_matrix, [
 NAMES = ("encoder.layer.0.attention.self.query", "encoder.layer.11.output.dense", "pooler.dense", "q_proj")
 
 
+def draw_name(number: int) -> tuple[str]:
+    parts = ("encoder", "layer", "attention", "self", "output", "dense", "query", "mlp", "blocks", "pooler")
+    return (".".join(str(random.choice((*parts, random.randint(0, 40)))) for _ in range(random.randint(1, 6))),)
+
+
 def spelled(module: str) -> list[str]:
     return [".".join(("base_model", "model", module, half, "weight")) for half in ("lora_A", "lora_B")]
 
@@ -97,7 +103,7 @@ peft_keys = Exercise("peft_keys", spelled, lambda seed: (NAMES[seed],), [
      "this keeps only the last part of the module's name, which every layer has"),
     (lambda m: [f"base_model.model.{m}.weight"],
      "this is the module's own weight; its two companions are lora_A and lora_B"),
-])
+], draw=draw_name)
 
 
 beyond_the_probe = Prediction("b", {

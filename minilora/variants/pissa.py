@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ..config import LoRAConfig, require, scaling
 from ..distributed import full_tensor
-from ..layers import LoRALayer, dense_weight
+from ..bases import dense_weight
+from ..layers import LoRALayer
 
 
 class PiSSA(LoRALayer):
