@@ -90,6 +90,10 @@ class Family:
                 *(Linear(name, ups, spec.hidden, spec.mlp_bias) for name in self.up),
                 Linear(self.down, spec.hidden, spec.ffn, spec.mlp_bias))
 
+    def extra_norms(self, spec: "ModelSpec") -> dict[str, int]:
+        """Norms inside a layer that are not as wide as the residual stream: name -> width."""
+        return {}
+
     def check(self, run: Any) -> None:
         """Refuse what of this family's step is not priced."""
 
@@ -227,7 +231,8 @@ class ModelSpec:
 
     @property
     def layer_parameters(self) -> int:
-        return sum(m.parameters for m in self.linears()) + self.layout.norms * self.norm_parameters
+        extra = sum(self.layout.extra_norms(self).values())
+        return sum(m.parameters for m in self.linears()) + self.layout.norms * self.norm_parameters + extra
 
     @property
     def outer_parameters(self) -> int:
