@@ -188,6 +188,8 @@ class ModelSpec:
         embedding: width of the token embedding; hidden, but in OPT-350M.
         last_norm: whether a norm stands before the head (all but OPT-350M).
         experts, experts_a_token: MLPs of a layer, and how many of them a token goes through; 0: there is one MLP.
+        quantised: how its linears are stored, if in 4 bits, "nf4" or "gptq"; group: weights to a scale in GPTQ, 0: all
+            of a column.
     """
 
     name: str
@@ -212,6 +214,8 @@ class ModelSpec:
     last_norm: bool = True
     experts: int = 0
     experts_a_token: int = 0
+    quantised: str = ""
+    group: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "embedding", self.embedding or self.hidden)
@@ -304,7 +308,27 @@ class ModelSpec:
         if experts:
             raise ValueError(f"{name}: {experts} is {config[experts]!r}; layers of several experts are not priced")
         sizes = FAMILIES[kind].read(Fields(config, name, kind, FAMILIES[kind].names))
+        sizes |= read_quantisation(config.get("quantization_config"), name)
         return cls(name=str(config.get("_name_or_path") or name), family=kind, **sizes)
+
+
+def read_quantisation(config: object, name: str) -> dict[str, Any]:
+    """What a config.json says of how its weights are stored, or the reason why that is not priced."""
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{name}: quantization_config must be an object with fields, got {config!r}")
+    method = config.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in config else None)
+    if method == "bitsandbytes" and config.get("load_in_4bit"):
+        return {"quantised": "nf4"}
+    if method == "gptq" and config.get("bits") == 4:
+        group = config.get("group_size", -1)
+        if type(group) is not int or group < -1 or not group:
+            raise ValueError(f"{name}: quantization_config's group_size must be -1 or a positive integer, got {group!r}")
+        return {"quantised": "gptq", "group": max(group, 0)}
+    bits = f" in {config.get('bits') or ('8' if config.get('load_in_8bit') else 'unknown')} bits"
+    raise ValueError(f"{name}: its weights are stored as {method or 'quantization_config'}{bits}, which is not priced; "
+                     "priced are bitsandbytes in 4 bits, gptq in 4 bits, and weights in 16 or 32")
 
 
 def unknown_family(kind: object, config: Mapping, name: str) -> str:
