@@ -18,9 +18,10 @@ from statistics import median, median_low
 import torch
 from torch import Tensor
 
-from .adapters import CONFIG, PREFIX, WEIGHTS, AdapterFile, keys_of, read_adapter
+from .adapters import CONFIG, WEIGHTS, AdapterFile, read_adapter
 from .config import LoRAConfig, variants
 from .layers import LoRALayer
+from .peft_format import PREFIX, keys_of
 from .spectrum import effective_rank, energy, frobenius, product_svdvals, rank_for_energy, stable_rank
 from .tables import plain, quoted, table
 

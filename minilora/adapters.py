@@ -8,12 +8,10 @@ import ctypes
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections import Counter
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from importlib import import_module
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +20,16 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .checkpoints import read_json, read_safetensors
-from .config import LoRAConfig, entry_matches, variants
+from .config import LoRAConfig, variants
 from .distributed import full_tensor, is_main_process
-from .injection import adapter_layers, inject, lora_layers, planned, remove
+from .injection import adapter_layers, inject, remove
 from .layers import AdapterLayer, LoRALayer
-from .naming import plain_modules, plain_parameters
+from .naming import plain_parameters
+from .peft_format import PREFIX, as_tensors_say, format_of, keys_of, usual_key, without
+from .planning import planned, trained_whole
+from .trained_copy import state_of
 
 CONFIG, WEIGHTS, FINGERPRINT = "adapter_config.json", "adapter_model.safetensors", "minilora.base"
-PREFIX = "base_model.model."
-
-# settings that make an adapter more than A and B on whole layers
-UNSUPPORTED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
-               "layers_to_transform", "exclude_modules", "lora_bias", "alora_invocation_tokens", "use_qalora",
-               "arrow_config", "use_bdlora", "kasa_config", "monteclora_config", "velora_config", "megatron_config")
-# starts that leave the base's weights alone; the others (pissa, olora, corda, loftq, lora_ga) subtract from them
-KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -50,34 +43,6 @@ class AdapterFile:
     config: Any
     tensors: dict[str, Tensor]
     base: str | None
-
-
-@dataclass(frozen=True)
-class Format:
-    """How the adapters of one method stand in a folder.
-
-    Attributes:
-        prefix: of every key, before the module's name.
-        write: what ``adapter_config.json`` says of a model's adapters.
-        read: the config that it means; a ValueError if it means none.
-    """
-
-    prefix: str
-    write: Callable[[nn.Module], dict]
-    read: Callable[[dict], Any]
-
-
-FORMATS: dict[str, Format] = {}  # by peft_type: those of the relatives, who enter their own
-
-
-def format_of(peft_type: str) -> Format:
-    """The format of a type of adapter; a ValueError if it is unknown here."""
-    for room in ("variants", "peft_methods"):  # those that nobody has asked for yet make themselves known now
-        import_module(f"{__package__}.{room}")
-    forms = {layer.peft_type: Format(PREFIX, written, read_lora) for layer in variants().values()} | FORMATS
-    if peft_type not in list(forms):  # a file may say what has no hash
-        raise ValueError(f"is of peft_type {peft_type!r}; only {' or '.join(map(repr, forms))} can be loaded")
-    return forms[peft_type]
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
@@ -96,7 +61,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     for key, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinite values: the training diverged, nothing was saved")
-    base = fingerprint(model)
+    base, ours = fingerprint(model), {id(p) for layer in adapter_layers(model).values() for p in layer.own().values()}
+    if lost := [name for name, p in plain_parameters(model) if p.requires_grad and id(p) not in ours]:
+        warnings.warn(f"{', '.join(lost[:4])}{', ...' * (len(lost) > 4)} can train too and is not saved: an adapter file "
+                      "holds adapters and what modules_to_save names", stacklevel=2)
     if is_main_process():
         write_adapter(folder, tensors, form.write(model), base)
 
@@ -118,7 +86,7 @@ def insert_adapter(model: nn.Module, adapter: AdapterFile, any_base: bool = Fals
     """`load_adapter`, from an adapter that has been read."""
     lora = isinstance(adapter.config, LoRAConfig)
     if lora:  # before anything is made: a file may ask for a rank that no memory holds
-        check_fits(adapter, model)
+        adapter = check_fits(adapter, model)
     if not any_base:
         check_base(adapter, model)
     inject(model, adapter.config, any_rank=True)
@@ -152,7 +120,11 @@ def read_adapter(folder: str | os.PathLike, only: Collection[str] = ()) -> Adapt
         ValueError: no such folder, a file missing or damaged, or an adapter of a kind that is not supported.
     """
     folder = Path(folder)
-    return AdapterFile(folder, read_config(folder, only), *read_tensors(folder))
+    config, (tensors, base) = read_config(folder, only), read_tensors(folder)
+    tensors = {usual_key(key): t for key, t in tensors.items()}
+    if isinstance(config, LoRAConfig):
+        config = as_tensors_say(config, read_settings(folder), tensors)
+    return AdapterFile(folder, config, tensors, base)
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -193,19 +165,33 @@ def read_settings(folder: Path) -> dict:
     return read_json(path)
 
 
-def check_fits(adapter: AdapterFile, model: nn.Module) -> None:
-    """Raise a ValueError that names the first few ways in which modules, ranks or shapes are not those of `model`."""
+def check_fits(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
+    """The adapter, whose targets are now those that its tensors name; a module that its targets mean as well (the vision
+    tower's q_proj beside the language model's) and of which it has no tensor is left out, by name.
+
+    Raises:
+        ValueError: the first few ways in which modules, ranks or shapes are not those of `model`.
+    """
     layer = variants()[adapter.config.variant]
     try:
         rows = [row for row, _ in planned(model, adapter.config, any_rank=True)]
+        whole = trained_whole(model, adapter.config)
     except ValueError as e:
         raise ValueError(no_fit(adapter, [str(e)])) from None
-    expected = {key: layer.shapes(*row.shape, row.rank)[own]
-                for row in rows for own, key in keys_of(row.name, row.kind, layer).items()}
+    keys = {row: keys_of(row.name, row.kind, layer) for row in rows}
+    known = [row for row in rows if any(key in adapter.tensors for key in keys[row].values())]
+    if 0 < len(known) < len(rows):
+        absent = [row.name for row in rows if row not in known]
+        warnings.warn(f"{adapter.folder} has no tensors for {', '.join(absent[:4])}{', ...' * (len(absent) > 4)}, which its "
+                      "targets mean too: left as they are", stacklevel=4)
+        adapter, rows = replace(adapter, config=without(adapter.config, [row.name for row in known], True)), known
+    expected = {key: layer.shapes(*row.shape, row.rank)[own] for row in rows for own, key in keys[row].items()}
+    expected |= {f"{PREFIX}{name}.{key}": t.shape for name, module in whole.items() for key, t in state_of(module).items()}
     common = layer.common_shapes([row.shape for row in rows], adapter.config.rank)
     expected |= {key: shape for key, shape in common.items() if key in adapter.tensors}
     if wrong := misfits(adapter.tensors, expected, model):
         raise ValueError(no_fit(adapter, wrong))
+    return adapter
 
 
 def misfits(have: dict[str, Tensor], expected: dict[str, tuple], model: nn.Module) -> list[str]:
@@ -255,78 +241,6 @@ def fingerprint(model: nn.Module) -> str:
         entries = full_tensor(p).flatten()[:: max(1, p.numel() // 1024)].to(torch.bfloat16).contiguous()
         weights.update(name.encode() + entries.cpu().view(torch.uint8).numpy().tobytes())
     return f"{shapes.hexdigest()[:12]}-{weights.hexdigest()[:12]}"
-
-
-# The format
-
-
-def keys_of(name: str, kind: str, layer: type[LoRALayer] = LoRALayer) -> dict[str, str]:
-    """Our tensor -> PEFT's key, for the module called `name` under this variant's layer."""
-    return {own: f"{PREFIX}{name}.{key}" for own, key in layer.keys_of(kind).items()}
-
-
-def config_of(model: nn.Module) -> LoRAConfig:
-    """The config that describes the adapters of a model as they are saved; a ValueError if they disagree on rsLoRA, the
-    variant or dropout.
-
-    A target is named by its last part where every module of that name is adapted, by its whole name elsewhere.
-    """
-    layers = lora_layers(model)
-    flags = {(layer.use_rslora, *layer.chosen().items(), layer.dropout) for layer in layers.values()}
-    if len(flags) > 1:
-        raise ValueError("the adapters differ in use_rslora, variant or dropout, which a file can only say once")
-    (use_rslora, *chosen, dropout), = flags
-    others = {name for name, _ in plain_modules(model)} - layers.keys()
-    last = {name: name.rpartition(".")[2] for name in layers}
-    targets = {name if any(entry_matches(end, other) for other in others) else end for name, end in last.items()}
-    ranks, alphas = {}, {}
-    for name, layer in layers.items():
-        form = layer.plain_form()
-        ranks[name], alphas[name] = (layer.rank, layer.alpha) if form is None else (len(form[0]), form[2])
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    # anchored: a pattern's key would also match the end of a longer name
-    return LoRAConfig(rank, alpha, tuple(sorted(targets)), dropout, use_rslora, **dict(chosen),
-                      rank_pattern={f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
-                      alpha_pattern={f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha})
-
-
-def peft_config(config: LoRAConfig, fan_in_fan_out: bool = False) -> dict:
-    """The ``adapter_config.json`` of a config."""
-    layer = variants()[config.variant]
-    settings = {theirs: getattr(config, ours) for ours, theirs in settings_of(layer.peft_type).items()}
-    return settings | layer.constants | {
-        "peft_type": layer.peft_type, "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
-        "bias": "none", "fan_in_fan_out": fan_in_fan_out, "modules_to_save": None,
-    }
-
-
-def settings_of(peft_type: str) -> dict[str, str]:
-    """Our name of a setting -> PEFT's, of all variants that share a type of file."""
-    return {ours: theirs for layer in variants().values() if layer.peft_type == peft_type
-            for ours, theirs in layer.settings.items()}
-
-
-def written(model: nn.Module) -> dict:
-    """The ``adapter_config.json`` of a model's LoRA layers."""
-    return peft_config(config_of(model), all(layer.kind == "conv1d" for layer in lora_layers(model).values()))
-
-
-def read_lora(values: dict) -> LoRAConfig:
-    """The config that PEFT's settings mean."""
-    kind = values.get("peft_type", LoRALayer.peft_type)
-    for setting in UNSUPPORTED:
-        if (asked := values.get(setting)) not in (None, False, [], {}, "") or type(asked) is int:
-            raise ValueError(f"sets {setting}, which is not supported: an adapter here is A and B on whole "
-                             "layers that target_modules names, nothing else")
-    if (bias := values.get("bias", "none")) != "none":
-        raise ValueError(f"sets bias={bias!r}, which is not supported: it retrains the base's biases")
-    if (start := values.get("init_lora_weights", True)) not in KEEPS_BASE:
-        raise ValueError(f"was initialised by {start!r}, which changes the base's weights: convert it to a "
-                         "plain adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)")
-    found = {ours: values[theirs] for ours, theirs in settings_of(kind).items() if values.get(theirs) is not None}
-    own = next((layer.choice for layer in variants().values() if layer.peft_type == kind != LoRALayer.peft_type), {})
-    default = {"alpha": 8} if kind == LoRALayer.peft_type else {}
-    return LoRAConfig(**default | {"target_modules": ()} | own | found)
 
 
 def write_adapter(folder: str | os.PathLike, tensors: dict[str, Tensor], config: dict, base: str | None = None) -> None:

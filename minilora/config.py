@@ -34,6 +34,8 @@ class LoRAConfig:
             after a dot; the first that matches wins.
         alpha_pattern: the same for alpha.
         seed: of what a variant draws once for all layers (VeRA).
+        modules_to_save: modules that train whole beside the adapters and are saved with them, such as a new head; names
+            as in `target_modules`.
 
     Raises:
         ValueError: a value outside its range.
@@ -49,6 +51,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self):
         targets, patterns = self.target_modules, (self.rank_pattern, self.alpha_pattern)
@@ -57,6 +60,10 @@ class LoRAConfig:
             targets = tuple(targets)
             object.__setattr__(self, "target_modules", targets)
         require(targets and all(isinstance(t, str) and t for t in targets), "target_modules must name modules", targets)
+        whole = self.modules_to_save
+        require(not isinstance(whole, str) and isinstance(whole, Iterable), "modules_to_save must be a list of names", whole)
+        object.__setattr__(self, "modules_to_save", whole := tuple(whole))
+        require(all(isinstance(n, str) and n for n in whole), "modules_to_save must be a list of names", whole)
         require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout must be in [0, 1)", self.dropout)
         require(isinstance(self.use_rslora, bool), "use_rslora must be True or False", self.use_rslora)
         require(isinstance(self.use_dora, bool), "use_dora must be True or False", self.use_dora)

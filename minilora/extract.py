@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .adapter_tools import in_layer_order, last, named, parts_of, percent, some
-from .adapters import WEIGHTS, keys_of, peft_config, read_adapter, read_settings, write_adapter
+from .adapters import WEIGHTS, read_adapter, read_settings, write_adapter
 from .checkpoints import read_json, read_tensor, tensor_files
 from .config import LoRAConfig, entry_matches
 from .layers import LoRALayer
+from .peft_format import keys_of, peft_config
 from .spectrum import LowRank, extract_lora, truncate
 from .tables import plain, table
 

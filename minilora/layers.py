@@ -101,6 +101,7 @@ class AdapterLayer(nn.Module):
     """
 
     peft_type = "MINILORA"
+    mergeable = False  # whether it has merge(), unmerge() and merged
     config = None
 
     def __init__(self, base_layer: nn.Module):
@@ -114,6 +115,10 @@ class AdapterLayer(nn.Module):
     def saved(self) -> dict[str, Tensor]:
         """What a file holds of it, by the end of its key."""
         return self.own()
+
+    def plain_module(self) -> nn.Module:
+        """What is left of a merged one that stays merged for good."""
+        return self.base_layer
 
     def common(self) -> dict[str, Tensor]:
         """What a file holds once for all layers, by its key. What a file lacks of that stays as `shared` made it."""
@@ -133,6 +138,7 @@ class LoRALayer(Wrapper, AdapterLayer):
         scaling: what multiplies ``B @ A``, from alpha and rank.
     """
 
+    mergeable = True
     variant = "lora"  # its name in VARIANTS
     choice: dict = {}  # what asks for it in a LoRAConfig; a variant's is {"init": its name} if it does not say
     kinds = ("linear", "conv1d", "embedding")  # of base layers

@@ -13,17 +13,18 @@ WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module",
             "FullyShardedDataParallel": "_fsdp_wrapped_module"}
 
 
-def wrapped_at(module: nn.Module) -> str | None:
-    """Under which name a module holds the one that it only stands around; None for one that is part of the model."""
+def wrapped_at(module: nn.Module) -> tuple[str, ...]:
+    """Under which names a module holds what it only stands around; none for one that is part of the model."""
     if isinstance(module, AdapterLayer):
-        return "base_layer"
-    return WRAPPERS.get(type(module).__name__) if type(module).__module__.startswith("torch.") else None
+        return "base_layer", "copy"
+    name = WRAPPERS.get(type(module).__name__) if type(module).__module__.startswith("torch.") else None
+    return (name,) if name else ()
 
 
 def bare(model: nn.Module) -> nn.Module:
     """The model without the wrappers around the whole of it."""
-    while (name := wrapped_at(model)) and not isinstance(model, AdapterLayer):
-        model = model._modules[name]
+    while (names := wrapped_at(model)) and not isinstance(model, AdapterLayer):
+        model = model._modules[names[0]]
     return model
 
 
@@ -40,7 +41,7 @@ def plain_modules(module: nn.Module, name: str = "", seen: set | None = None) ->
     inner = wrapped_at(module)
     for key, child in module._modules.items():
         if child is not None:
-            yield from plain_modules(child, name if key == inner else f"{name}.{key}" if name else key, seen)
+            yield from plain_modules(child, name if key in inner else f"{name}.{key}" if name else key, seen)
 
 
 def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

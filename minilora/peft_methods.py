@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import FORMATS, Format
+from .peft_format import FORMATS, Format
 from .config import ALL_LINEAR, LoRAConfig, entry_matches, require
-from .injection import METHODS, adapter_layers, choose
+from .injection import METHODS, adapter_layers
+from .planning import choose
 from .bases import adapter_options, kind_of, shape_of
 from .layers import AdapterLayer, Wrapper
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ALL_LINEAR, LoRAConfig
-from .injection import choose, inside_torch, replace, tied
+from .injection import replace
+from .planning import choose, inside_torch, tied
 from .bases import dense_weight, kind_of, quantised, shape_of
 from .layers import LoRALayer, no_view
 

@@ -32,10 +32,10 @@ from .memory.fitting import judge
 from .memory.models import FAMILIES, ModelSpec
 from .memory.run import Training
 from .quant import LEVELS
-from .weight_store import RECIPE, Source, Store, build_store
 from .stream import StreamedLlama, Traffic
 from .tables import bytes_text, table
 from .train import train
+from .weight_store import Source, Store, build_store
 
 M_MMAP_THRESHOLD = -3  # of mallopt
 UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

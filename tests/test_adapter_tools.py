@@ -19,9 +19,10 @@ from torch import Tensor
 
 from minilora import LoRAConfig, extract, fingerprint, inject, load_adapter, merge, save_adapter
 from minilora.__main__ import main
-from minilora.adapters import keys_of, peft_config, read_adapter, write_adapter
 from minilora.adapter_tools import inspect_adapter, plot_energy
+from minilora.adapters import read_adapter, write_adapter
 from minilora.extract import extract_adapter, truncate_adapter
+from minilora.peft_format import keys_of, peft_config
 from minilora.injection import lora_layers
 from minilora.llama import Llama
 from minilora.spectrum import effective_rank, energy, frobenius, product_svdvals, rank_for_energy, stable_rank

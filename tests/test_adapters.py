@@ -28,7 +28,8 @@ from minilora import (
     save_adapter,
     unmerge,
 )
-from minilora.adapters import config_of, peft_config, read_adapter, read_config, write_adapter
+from minilora.adapters import read_adapter, read_config, write_adapter
+from minilora.peft_format import config_of, peft_config
 from minilora.injection import lora_layers
 
 MODELS = {"llama": small.hf_llama, "gpt2": small.gpt2, "bert": small.bert, "ours": small.our_llama}

@@ -163,7 +163,8 @@ def traced(run: Training) -> int:
 
 @pytest.mark.parametrize("run", [
     Training("full", batch=2, seq=32), Training("lora", 4, batch=2, seq=32), Training("lora", 4, "all-linear", seq=48),
-    Training("full", seq=1, optimizer="sgd"), Training("lora", 4, ("up_proj",), batch=3, seq=17)], ids=lambda run: f"{run.method} {run.target_modules} {run.seq} {run.optimizer}")
+    Training("full", seq=1, optimizer="sgd"), Training("lora", 4, ("up_proj",), batch=3, seq=17)],
+    ids=lambda run: f"{run.method} {run.target_modules} {run.seq} {run.optimizer}")
 def test_a_new_family_is_priced_as_it_is_traced(extended, run):
     spec = ModelSpec.from_config(CONFIG)
     assert spec.parameters == sum(p.numel() for p in Tiny(CONFIG).parameters())

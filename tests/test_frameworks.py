@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import IDS, MLP, Conv1D, gpt2, hf_llama, logits, our_llama, same, shake, state
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -327,13 +327,175 @@ def test_what_a_regular_expression_matches_and_cannot_adapt_is_said_in_the_plan(
         plan(model, LoRAConfig(2, target_modules=("norm",)))
 
 
-@pytest.mark.parametrize("setting, says", [({"init_lora_weights": None}, None), ({"layers_to_transform": 0}, "layers_to_transform")])
-def test_null_and_zero_are_read_as_peft_reads_them(setting, says, tmp_path):
+def pefts(folder, **settings):
+    """An adapter that PEFT made, with values of its own, in a folder; and PEFT's model."""
+    torch.manual_seed(4)
+    model = peft.get_peft_model(hf_llama(), peft.LoraConfig(r=4, lora_alpha=8, **settings))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                p.add_(torch.randn_like(p) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("settings, modules", [
+    ({"layers_to_transform": 0}, 2), ({"layers_to_transform": [1], "layers_pattern": "layers"}, 2),
+    ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, 3), ({"exclude_modules": r".*layers\.1.*"}, 2),
+    ({"rank_pattern": {"no_such_module": 3, "v_proj": 2}, "alpha_pattern": {"nor_this": 1}}, 4),
+], ids=["0", "pattern", "list", "regex", "unused keys"])
+def test_settings_that_choose_among_layers_open_as_in_peft(settings, modules, tmp_path):
+    theirs = pefts(tmp_path, target_modules=["q_proj", "v_proj"], **settings)
+    ours = load_adapter(hf_llama(), tmp_path)
+    assert len(lora_layers(ours)) == modules and torch.allclose(logits(ours), logits(theirs), atol=1e-5)
+    save_adapter(ours, tmp_path / "again")
+    back = peft.PeftModel.from_pretrained(hf_llama(), tmp_path / "again")
+    assert torch.allclose(logits(back), logits(theirs), atol=1e-5)
+
+
+def rewrite(folder, change) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({new: t for key, t in tensors.items() if (new := change(key))}, folder / WEIGHTS)
+
+
+def test_the_adapters_name_in_keys_is_no_matter(tmp_path):
+    theirs = pefts(tmp_path, target_modules=["q_proj"])
+    rewrite(tmp_path, lambda key: key.replace(".weight", ".default.weight"))
+    assert torch.allclose(logits(load_adapter(hf_llama(), tmp_path)), logits(theirs), atol=1e-5)
+
+
+def test_a_target_of_which_the_file_has_no_tensor_is_left_out_by_name(tmp_path):
+    pefts(tmp_path, target_modules=["q_proj", "v_proj"])
+    rewrite(tmp_path, lambda key: "" if "layers.0.self_attn.v_proj" in key else key)
+    with pytest.warns(UserWarning, match="has no tensors for model.layers.0.self_attn.v_proj, which its targets mean too"):
+        assert len(lora_layers(load_adapter(hf_llama(), tmp_path))) == 3
+    rewrite(tmp_path, lambda key: "" if "layers.1.self_attn.v_proj.lora_A" in key else key)
+    with pytest.raises(ValueError, match="layers.1.self_attn.v_proj.lora_A.weight is missing"):
+        load_adapter(hf_llama(), tmp_path)
+
+
+def test_a_null_start_is_no_start_at_all(tmp_path):
     save_adapter(inject(hf_llama(), LoRAConfig(2, 4)), tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
-    if says is None:
-        assert len(lora_layers(load_adapter(hf_llama(), tmp_path))) == 4
-    else:
-        with pytest.raises(ValueError, match=says):
-            load_adapter(hf_llama(), tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": None}))
+    assert len(lora_layers(load_adapter(hf_llama(), tmp_path))) == 4
+
+
+def test_a_module_that_takes_time_first_is_not_routed():
+    model = nn.ModuleDict({"block": TimeFirst()})
+    bank = AdapterBank(model)
+    bank.entries["a"] = bank_entry(model, bank)
+    with pytest.raises(ValueError, match="block is a TimeFirst with batch_first=False"):
+        with bank.route(["a", None]):
+            pass
+
+
+class TimeFirst(nn.Module):
+    batch_first = False
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+
+
+def bank_entry(model, bank):
+    from minilora.bank import Entry
+
+    layers = lora_layers(inject(model, ALL))
+    remove(model)
+    return Entry(layers, None, "made here")
+
+
+# Modules that train whole
+
+
+def bert_classifier() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=64, num_labels=3)).eval()
+
+
+WHOLE = LoRAConfig(2, 4, ("query", "value"), modules_to_save=("classifier",))
+
+
+def train_classifier(model: nn.Module) -> nn.Module:
+    inject(model, WHOLE)
+    optimizer = torch.optim.SGD(lora_parameters(model), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(IDS).logits, torch.tensor([0, 2, 1])).backward()
+        optimizer.step()
+    return model
+
+
+def test_a_head_trains_whole_is_saved_and_opens_in_peft(tmp_path):
+    plain = bert_classifier()
+    born = inject(bert_classifier(), WHOLE)
+    assert torch.equal(logits(born), logits(plain))
+    assert plan(plain, WHOLE).parameters == report(born).trainable and str(plan(plain, WHOLE)).count("classifier") == 1
+    model = bert_classifier()
+    before = state(model)
+    train_classifier(model)
+    assert (model.classifier.weight - plain.classifier.weight).abs().max() > 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(model, tmp_path)
+    assert fingerprint(model) == fingerprint(plain)
+    trained = logits(model)
+    again = load_adapter(bert_classifier(), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(bert_classifier(), tmp_path)
+    for other in (again, theirs):
+        assert torch.allclose(logits(other), trained, atol=1e-6)
+    merge(model)
+    assert set(model.state_dict()) == set(plain.state_dict()) and torch.allclose(logits(model), trained, atol=1e-5)
+    unmerge(model)
+    assert torch.equal(logits(model), trained) and same(before, state(remove(model)))
+    merge(again, permanent=True)
+    assert type(again.classifier) is nn.Linear and torch.allclose(logits(again), trained, atol=1e-5)
+    bank = AdapterBank(bert_classifier())
+    bank.load("a", tmp_path)
+    bank.use("a")
+    assert torch.allclose(logits(bank.model), trained, atol=1e-6)
+    bank.use(None)
+    assert torch.equal(logits(bank.model), logits(plain))
+    with pytest.raises(ValueError, match="adapter 'a' trains classifier whole"):
+        with bank.route(["a", None, None]):
+            pass
+
+
+def test_pefts_head_opens_here(tmp_path):
+    theirs = peft.get_peft_model(bert_classifier(), peft.LoraConfig(
+        task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query"]))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    theirs.save_pretrained(tmp_path)
+    assert "score" in json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]  # which Bert has not
+    ours = load_adapter(bert_classifier(), tmp_path)
+    assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
+
+
+def test_what_trains_beside_the_adapters_and_is_not_saved_is_said(tmp_path):
+    model = inject(hf_llama(), LoRAConfig(2, 4))
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match="model.norm.weight can train too and is not saved"):
+        save_adapter(model, tmp_path)
+
+
+def test_modules_to_save_that_match_nothing_are_refused_with_what_is_near():
+    with pytest.raises(ValueError, match="modules_to_save: 'clasifier' matches no module; near it: classifier"):
+        inject(bert_classifier(), LoRAConfig(2, 4, ("query",), modules_to_save=("clasifier",)))
+
+
+def test_a_saved_adapter_names_its_base_and_task(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    hf_llama().save_pretrained(tmp_path / "base")
+    model = inject(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoRAConfig(2, 4))
+    shake(model)
+    save_adapter(model, tmp_path / "a")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert torch.allclose(logits(theirs), logits(model), atol=1e-5)

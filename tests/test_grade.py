@@ -224,6 +224,20 @@ def test_nothing_is_fetched_and_nothing_is_left_for_a_friend(tmp_path, nursery):
     assert not (tmp_path / "left.py").exists()
 
 
+def test_a_neighbour_that_starts_all_the_processes_it_can_takes_none_from_others(tmp_path, nursery):
+    if nursery.partial:
+        pytest.skip(f"the kernel gives no namespaces here: {nursery.partial}")
+    bomb = "import os, time\ndef merged_weight(*a):\n    try:\n        while os.fork():\n            pass\n" \
+           "    except OSError:\n        pass\n    time.sleep(60)"
+    threads = "import threading, time\ndef merged_weight(W0, A, B, alpha, wait=time.sleep(4)):\n" \
+              "    some = [threading.Thread(target=time.sleep, args=(0.02,)) for _ in range(20)]\n" \
+              "    [t.start() for t in some]\n    [t.join() for t in some]\n    return W0 + alpha / len(A) * B @ A"
+    for student, source in {"a_bomb": bomb, "b_works": threads, "c_works": threads}.items():
+        code(tmp_path, student, source)
+    found = graded(tmp_path, "--seconds", "8")
+    assert [points(found, s) for s in ("a_bomb", "b_works", "c_works")] == [0, 1, 1]
+
+
 def test_the_teachers_environment_stays_the_teachers(monkeypatch):
     monkeypatch.setenv("API_TOKEN", "secret")
     assert "secret" not in environment().values() and environment()["PATH"] == os.environ["PATH"]

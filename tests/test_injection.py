@@ -21,7 +21,9 @@ from minilora import (
     report,
     unmerge,
 )
-from minilora.injection import lora_layers, loraplus_groups, suggest, table
+from minilora.injection import lora_layers, loraplus_groups
+from minilora.naming import suggest
+from minilora.tables import table
 
 MODELS = {"ours": small.our_llama, "llama": small.hf_llama, "gpt2": small.gpt2, "bert": small.bert}
 TARGETS = {

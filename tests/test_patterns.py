@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import LoRAConfig, load_adapter
-from minilora.adapters import keys_of, peft_config, write_adapter
 from minilora.adapter_tools import inspect_adapter
+from minilora.adapters import write_adapter
+from minilora.peft_format import keys_of, peft_config
 from minilora.config import ending
 from minilora.extract import truncate_adapter
 from minilora.patterns import MOST_CHARACTERS, PatternTable

@@ -42,7 +42,7 @@ MUTANTS = [
     Mutant("rsLoRA divides by the rank", "config.py", "alpha / math.sqrt(rank) if", "alpha / rank if"),
     Mutant("a target matches anywhere in a name", "config.py", 'name.endswith("." + entry)', "entry in name"),
     Mutant("a module's own alpha is ignored", "config.py",
-           "for key, alpha in self.alpha_pattern.items() if pattern_matches(key, name)", "for alpha in ()"),
+           "return self.alpha_table.get(name, self.alpha)", "return self.alpha"),
     # the layer
     Mutant("the update is not scaled in forward", "layers.py", "B.to(y.dtype).T, alpha=scaling)", "B.to(y.dtype).T)"),
     Mutant("the gradient of A is not scaled", "layers.py", "(grad @ b).mul_(ctx.scaling)", "(grad @ b)"),
@@ -73,11 +73,11 @@ MUTANTS = [
     Mutant("DoRA's norm leaves out the cross term", "variants/dora.py", "+ 2 * s * cross + s * s", "+ s * s"),
     # over a model
     Mutant("the base stays trainable", "injection.py", "    model.requires_grad_(False)\n", ""),
-    Mutant("the first target is left out", "injection.py", "for name in kinds if config.matches(name)]",
-           "for name in kinds if config.matches(name)][1:]"),
-    Mutant("the plan counts A alone", "injection.py", "if own not in layer.frozen)", "if own == \"lora_A\")"),
-    Mutant("all-linear takes the head too", "injection.py",
-           'modules[name] is not head and not entry_matches("lm_head", name)', "True"),
+    Mutant("the first target is left out", "planning.py", "for name in meant if name in kinds]",
+           "for name in meant if name in kinds][1:]"),
+    Mutant("the plan counts A alone", "planning.py", "if own not in layer.frozen)", "if own == \"lora_A\")"),
+    Mutant("all-linear takes the head too", "planning.py",
+           "if not is_head(model, modules, name)]", "if True]"),
     Mutant("remove leaves the base frozen", "injection.py", "        p.requires_grad_(True)\n", "        pass\n"),
     # on disk and in the bank
     Mutant("A and B are swapped in the file", "layers.py", '"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"',

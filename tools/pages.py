@@ -1,9 +1,10 @@
 """Writes what the notebooks already say into the pages that gather it: ``python tools/pages.py``.
 
 README.md gets the ten lines of examples/ten_lines.py, two of the figures, an answer of the memory calculator and the map
-of the notebooks; docs/CALCULATOR.md how far such answers are off and what was measured on a card; docs/CLAIMS.md the
-ledger of claims; notebooks/TEACHING.md the misconception behind each wrong answer to a prediction. A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types
-there. A test holds the pages against the notebooks.
+of the notebooks. Of docs/, memory.md gets the calculator's answers beside published measurements, calculator.md how far
+they are from other calculators' and what was measured on a card, claims.md the ledger. notebooks/TEACHING.md gets the
+misconception behind each wrong answer to a prediction. A generated part stands between ``<!-- NAME -->`` and
+``<!-- /NAME -->``; nobody types there. A test holds the pages against the notebooks.
 """
 
 import base64
@@ -27,6 +28,7 @@ from common import measured_rows
 from minilora.check import Estimate, Prediction, brief
 from minilora.cli import main
 from minilora.experiments import measured
+from minilora.memory import published
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -35,7 +37,7 @@ ROW = re.compile(r"^\|(.+)\|(.+)\|(.+)\|[ \t]*$", re.MULTILINE)
 SOURCE = re.compile(r"\s*\(((?:the lesson|paper|rsLoRA|[A-Z])[^()]*)\)\s*$")
 FIGURES = (("06", 0), ("11", 1))  # (notebook, which of its figures)
 QUESTION = ("memory --model llama-3-8b --method qlora --rank 16 --targets all-linear --batch 1 --seq 2048 "
-            "--checkpointing --card rtx-4090")
+            "--card rtx-4090")
 HEART = {"01": "a census of one training step, formula against measured bytes",
          "02": "recover a hidden low-rank update, rank by rank",
          "03": "one budget spent on different modules of a pretrained decoder",
@@ -169,6 +171,26 @@ def accuracy() -> str:
     return "\n".join(lines)
 
 
+def published_summary() -> str:
+    """The calculator against published memory, by kind of run."""
+    lines = ["| runs | rows | mean difference from the card | lowest | highest |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in published.summary(published_rows()))])
+
+
+def published_table() -> str:
+    """Every published row: measured, predicted, the cause of the difference; or why it is left out."""
+    lines = ["| run | measured | predicted | off | cause |", "|---|---|---|---|---|"]
+    for m in published_rows():
+        cells = ((m.name, f"{m.peak:,}", "", "left out", m.left_out) if m.left_out else
+                 (m.name, f"{m.peak:,}", f"{m.predicted:,}", f"{m.predicted / m.peak - 1:+.3%}", published.cause(m)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def published_rows() -> list[published.Measured]:
+    return published.measurements(ROOT / "data" / "published" / "memory.csv")
+
+
 def card() -> str:
     """What tests/gpu/run.py measures, and what its records say."""
     lines = ["| | rows | on a card |", "|---|---|---|"]
@@ -185,8 +207,9 @@ def card() -> str:
 
 
 PAGES = {ROOT / "README.md": {"code": code, "figures": figures, "answer": answer, "map": sequence},
-         ROOT / "docs" / "CALCULATOR.md": {"accuracy": accuracy, "card": card},
-         ROOT / "docs" / "CLAIMS.md": {"ledger": ledger},
+         ROOT / "docs" / "calculator.md": {"accuracy": accuracy, "card": card},
+         ROOT / "docs" / "memory.md": {"published_summary": published_summary, "published": published_table},
+         ROOT / "docs" / "claims.md": {"ledger": ledger},
          ROOT / "notebooks" / "TEACHING.md": {"misconceptions": misconceptions}}
 
 

@@ -156,10 +156,10 @@ def keep(requests: int, replies: int, leash: int, room: Path, isolated: bool, sh
         separate()
     else:
         room = Path(tempfile.mkdtemp(dir=room))
-    inner = os.fork()
+    number, inner = os.getpid(), os.fork()
     if not inner:
         os.close(leash)
-        live(requests, replies, room, isolated, shell)
+        live(requests, replies, room, number if isolated else None, shell)
     os.close(requests)
     os.close(replies)
     while os.waitpid(inner, os.WNOHANG) == (0, 0):
@@ -172,8 +172,8 @@ def keep(requests: int, replies: int, leash: int, room: Path, isolated: bool, sh
         shutil.rmtree(room, ignore_errors=True)
 
 
-def live(requests: int, replies: int, room: Path, isolated: bool, shell) -> None:
-    """The student's process, from its birth to its end."""
+def live(requests: int, replies: int, room: Path, number: int | None, shell) -> None:
+    """The student's process, from its birth to its end; `number`, if it is shut in, is that of its keeper."""
     from .sandbox import limits, shut_in
     from .worker import serve
 
@@ -181,13 +181,13 @@ def live(requests: int, replies: int, room: Path, isolated: bool, shell) -> None
         os.setsid()
         with contextlib.suppress(OSError):  # where memory runs out, this is what the kernel ends first
             Path("/proc/self/oom_score_adj").write_text("1000")
-        if isolated:
-            shut_in(room)
-        else:
+        if number is None:
             os.chdir(room)
+        else:
+            shut_in(room, number)
         os.environ.update(HOME=os.getcwd(), TMPDIR=os.getcwd(), IPYTHONDIR=os.getcwd())
         tempfile.tempdir = None
-        limits(isolated)
+        limits(alone=number is not None)
         with os.fdopen(requests, "rb") as reader, os.fdopen(replies, "wb") as writer:
             serve(reader, writer, shell)
     finally:

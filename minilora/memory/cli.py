@@ -6,6 +6,7 @@ import textwrap
 import warnings
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import asdict, fields
+from typing import TypeVar
 
 from ..config import ALL_LINEAR
 from ..tables import bytes_text, table
@@ -16,6 +17,8 @@ from .stacks import STACKS
 
 DEFAULT_STACK = "trl"  # on the command line; in Python a `Training` is our own unless it says otherwise
 SET_BY_STACKS = {name for stack in STACKS.values() for name in (*stack.defaults, *stack.qlora)}
+
+R = TypeVar("R", Training, Serving)
 
 
 def memory_command(parser, arguments: list[str]) -> None:
@@ -52,7 +55,7 @@ def fit_command(parser, arguments: list[str]) -> None:
     add_run_options(parser)
     parser.add_argument("--card", help="one of those that `cards` lists; without it, all of them")
     options = parser.parse_args(arguments)
-    run = run_of(options)
+    run = run_of(options, Training)
     found = fit(spec_of(options), run, options.card)
     if options.json:
         print(json.dumps({"assumptions": run.assumptions()} | found.to_dict(), indent=2))
@@ -176,7 +179,7 @@ def spec_of(options) -> ModelSpec:
     return ModelSpec.preset(options.model) if options.model else ModelSpec.from_config(options.config, options.family)
 
 
-def run_of(options, kind: type = Training) -> Training | Serving:
+def run_of(options, kind: type[R]) -> R:
     targets = options.targets
     if targets and targets != ALL_LINEAR and not set(targets) & set("*+?|()[]{}\\^$"):
         targets = tuple(target.strip() for target in targets.split(","))

@@ -1,7 +1,8 @@
 """What is asked: a training step (`Training`) or the answer to prompts (`Serving`), checked when it is made."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
+from typing import ClassVar
 
 from ..config import is_number
 from .config_file import suggest
@@ -30,6 +31,7 @@ class Run:
     What only a training step has is here as a run without it has it.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field]]
     method: str
     rank: int
     target_modules: str | tuple[str, ...] | None
