@@ -1,9 +1,9 @@
 """Writes what the notebooks already say into the pages that gather it: ``python tools/pages.py``.
 
-README.md gets the ten lines of examples/ten_lines.py, two of the figures, an answer of the memory calculator and the map
-of the notebooks. Of docs/, memory.md gets the calculator's answers beside published measurements, calculator.md how far
-they are from other calculators' and what was measured on a card, claims.md the ledger. notebooks/TEACHING.md gets the
-misconception behind each wrong answer to a prediction. A generated part stands between ``<!-- NAME -->`` and
+README.md gets the ten lines of examples/ten_lines.py, two of the figures, an answer of the memory calculator and the
+map of the notebooks. Of docs/, memory.md gets the calculator's answers beside published measurements, calculator.md how
+far they are from other calculators' and what was measured on a card, claims.md the ledger. notebooks/TEACHING.md gets
+the misconception behind each wrong answer to a prediction. A generated part stands between ``<!-- NAME -->`` and
 ``<!-- /NAME -->``; nobody types there. A test holds the pages against the notebooks.
 """
 

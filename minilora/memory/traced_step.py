@@ -10,9 +10,9 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from ..bases import dense_weight, kind_of
 from ..config import ALL_LINEAR, LoRAConfig
 from ..injection import inject
-from ..bases import dense_weight, kind_of
 from ..llama import Llama, LlamaConfig
 from ..losses import masked_cross_entropy
 from ..quant import quantise_model  # here, not on fake tensors: its levels are computed when it is imported
