@@ -1,9 +1,9 @@
 """Writes what the notebooks already say into the pages that gather it: ``python tools/pages.py``.
 
-README.md gets the ten lines of examples/ten_lines.py, two of the figures, an answer of the memory calculator and the
-map of the notebooks. Of docs/, memory.md gets the calculator's answers beside published measurements, calculator.md how
-far they are from other calculators' and what was measured on a card, claims.md the ledger. notebooks/TEACHING.md gets
-the misconception behind each wrong answer to a prediction. A generated part stands between ``<!-- NAME -->`` and
+README.md gets the ten lines of examples/ten_lines.py, two of the figures, an answer of the memory calculator and the map
+of the notebooks; docs/CALCULATOR.md how far such answers are off and what was measured on a card; docs/PUBLISHED.md the
+calculator's answers beside published measurements; docs/CLAIMS.md the ledger of claims; notebooks/TEACHING.md the
+misconception behind each wrong answer to a prediction. A generated part stands between ``<!-- NAME -->`` and
 ``<!-- /NAME -->``; nobody types there. A test holds the pages against the notebooks.
 """
 
@@ -207,9 +207,9 @@ def card() -> str:
 
 
 PAGES = {ROOT / "README.md": {"code": code, "figures": figures, "answer": answer, "map": sequence},
-         ROOT / "docs" / "calculator.md": {"accuracy": accuracy, "card": card},
-         ROOT / "docs" / "memory.md": {"published_summary": published_summary, "published": published_table},
-         ROOT / "docs" / "claims.md": {"ledger": ledger},
+         ROOT / "docs" / "CALCULATOR.md": {"published_summary": published_summary, "accuracy": accuracy, "card": card},
+         ROOT / "docs" / "PUBLISHED.md": {"published_summary": published_summary, "published": published_table},
+         ROOT / "docs" / "CLAIMS.md": {"ledger": ledger},
          ROOT / "notebooks" / "TEACHING.md": {"misconceptions": misconceptions}}
 
 

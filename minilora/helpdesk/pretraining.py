@@ -27,7 +27,7 @@ A Llama-style decoder of {parameters:,} parameters for the made-up support conve
 - Time: {hours:.2f} hours on {threads} threads, torch {torch}
 - Held-out (`general`, test file): loss {score.loss:.4f} nats a token, exact match {score.exact:.1%}
 - The loss of every tenth step is in `log.json`.
-"""  # noqa: E501: a file's text
+"""  # noqa: E501
 
 
 def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: float, seed: int = 0,
