@@ -51,8 +51,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the model's adapters to `folder`, all at once or not at all: LoRA and its variants in PEFT's format, the
     relatives of peft_methods.py in one like it.
 
-    A PiSSA adapter is written as the plain one of twice the rank that does the same to the untouched base. Where several
-    processes train one model, all call this and the first one writes: the same file as one process would.
+    A PiSSA adapter is written as the plain one of twice the rank that does the same to the untouched base. Where
+    several processes train one model, all call this and the first one writes: the same file as one process would.
 
     Raises:
         ValueError: the model has no adapters, or one that holds NaN or infinite values.
@@ -65,8 +65,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
             raise ValueError(f"{key} holds NaN or infinite values: the training diverged, nothing was saved")
     base, ours = fingerprint(model), {id(p) for layer in adapter_layers(model).values() for p in layer.own().values()}
     if lost := [name for name, p in plain_parameters(model) if p.requires_grad and id(p) not in ours]:
-        warnings.warn(f"{', '.join(lost[:4])}{', ...' * (len(lost) > 4)} can train too and is not saved: an adapter file "
-                      "holds adapters and what modules_to_save names", stacklevel=2)
+        warnings.warn(f"{', '.join(lost[:4])}{', ...' * (len(lost) > 4)} can train too and is not saved: an adapter "
+                      "file holds adapters and what modules_to_save names", stacklevel=2)
     if is_main_process():
         write_adapter(folder, tensors, form.write(model), base)
 
@@ -107,7 +107,8 @@ def places(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model's adapters by their keys on disk."""
     first = first_layer(model)
     prefix = format_of(first.peft_type).prefix
-    own = {f"{prefix}{name}.{end}": t for name, layer in adapter_layers(model).items() for end, t in layer.saved().items()}
+    own = {f"{prefix}{name}.{end}": t for name, layer in adapter_layers(model).items()
+           for end, t in layer.saved().items()}
     return own | first.common()
 
 
@@ -148,7 +149,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def read_config(folder: Path, only: Collection[str] = ()) -> Any:
-    """``adapter_config.json`` as a `LoRAConfig`, or as the config of a relative. A missing r or alpha means 8, as in PEFT.
+    """``adapter_config.json`` as a `LoRAConfig`, or as a relative's config. A missing r or alpha means 8, as in PEFT.
 
     Raises:
         ValueError: missing, not JSON, of a method unknown here, or asking for what is not supported here.
@@ -172,8 +173,8 @@ def read_settings(folder: Path) -> dict:
 
 
 def check_fits(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
-    """The adapter, whose targets are now those that its tensors name; a module that its targets mean as well (the vision
-    tower's q_proj beside the language model's) and of which it has no tensor is left out, by name.
+    """The adapter, whose targets are now those that its tensors name; a module that its targets mean as well (the
+    vision tower's q_proj beside the language model's) and of which it has no tensor is left out, by name.
 
     Raises:
         ValueError: the first few ways in which modules, ranks or shapes are not those of `model`.
@@ -188,11 +189,12 @@ def check_fits(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     known = [row for row in rows if any(key in adapter.tensors for key in keys[row].values())]
     if 0 < len(known) < len(rows):
         absent = [row.name for row in rows if row not in known]
-        warnings.warn(f"{adapter.folder} has no tensors for {', '.join(absent[:4])}{', ...' * (len(absent) > 4)}, which its "
-                      "targets mean too: left as they are", stacklevel=4)
+        warnings.warn(f"{adapter.folder} has no tensors for {', '.join(absent[:4])}{', ...' * (len(absent) > 4)}, "
+                      "which its targets mean too: left as they are", stacklevel=4)
         adapter, rows = replace(adapter, config=without(adapter.config, [row.name for row in known], True)), known
     expected = {key: layer.shapes(*row.shape, row.rank)[own] for row in rows for own, key in keys[row].items()}
-    expected |= {f"{PREFIX}{name}.{key}": t.shape for name, module in whole.items() for key, t in state_of(module).items()}
+    expected |= {f"{PREFIX}{name}.{key}": t.shape for name, module in whole.items()
+                 for key, t in state_of(module).items()}
     common = layer.common_shapes([row.shape for row in rows], adapter.config.rank)
     expected |= {key: shape for key, shape in common.items() if key in adapter.tensors}
     if wrong := misfits(adapter.tensors, expected, model):

@@ -75,8 +75,8 @@ def no_view(y: Tensor) -> Tensor:
 
 
 class Wrapper(nn.Module):
-    """A module around a `base_layer`. Code that asks it for a weight, bias or in_features finds the base's, and who sets
-    a weight (to tie it) sets the base's."""
+    """A module around a `base_layer`. Code that asks it for a weight, bias or in_features finds the base's, and who
+    sets a weight (to tie it) sets the base's."""
 
     def __getattr__(self, name: str):
         try:
@@ -301,8 +301,8 @@ class LoRALayer(Wrapper, AdapterLayer):
         if self.merged:
             return self.unmerged[1]
         if hasattr(self.base_layer, "compute_device"):
-            raise ValueError("cannot merge into a streamed weight: it is read-only and only visits the device. Keep the "
-                             "adapter beside it, or load the base whole")
+            raise ValueError("cannot merge into a streamed weight: it is read-only and only visits the device. Keep "
+                             "the adapter beside it, or load the base whole")
         if quantised(self.base_layer):
             raise ValueError("cannot merge into a quantised weight: its levels are too coarse for the update. Keep the "
                              "adapter beside it, or dequantise the base first")

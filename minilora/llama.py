@@ -3,8 +3,8 @@
 Parameter names are Hugging Face's (``model.layers.0.self_attn.q_proj.weight`` ...), so a real Llama, Mistral or
 Qwen2 checkpoint folder loads unchanged, and an adapter trained here opens there.
 
-Sources: Llama (Touvron et al. 2023, arXiv 2302.13971), RMSNorm (Zhang & Sennrich 2019, 1910.07467), grouped-query attention (Ainslie et al. 2023, 2305.13245), SwiGLU (Shazeer 2020,
-2002.05202).
+Sources: Llama (Touvron et al. 2023, arXiv 2302.13971), RMSNorm (Zhang & Sennrich 2019, 1910.07467), grouped-query
+attention (Ainslie et al. 2023, 2305.13245), SwiGLU (Shazeer 2020, 2002.05202).
 
 In the shape comments B is batch, T tokens, C hidden size, H query heads, K key/value heads, D head size, F the MLP's
 width and V the vocabulary.

@@ -1,4 +1,4 @@
-"""What PEFT calls things: keys of tensors, settings of ``adapter_config.json``, and which of them can be followed here."""
+"""What PEFT calls things: keys of tensors, settings of ``adapter_config.json``, and which can be followed here."""
 
 import re
 from collections import Counter
@@ -19,7 +19,8 @@ from .trained_copy import TrainedCopy
 PREFIX = "base_model.model."
 
 # settings that make an adapter more than A and B on whole layers
-UNSUPPORTED = ("trainable_token_indices", "target_parameters", "layer_replication", "lora_bias", "alora_invocation_tokens", "use_qalora",
+UNSUPPORTED = ("trainable_token_indices", "target_parameters", "layer_replication", "lora_bias",
+               "alora_invocation_tokens", "use_qalora",
                "arrow_config", "use_bdlora", "kasa_config", "monteclora_config", "velora_config", "megatron_config")
 # settings that choose among the layers: the file's tensors name those that were chosen
 CHOOSING = ("layers_to_transform", "layers_pattern", "exclude_modules")
@@ -115,14 +116,15 @@ def modules_of(keys: Iterable[str], layer: type[LoRALayer]) -> list[str]:
 
 def without(config: LoRAConfig, names: list[str], only: bool = False) -> LoRAConfig:
     """The config without the keys of patterns that match none of the modules `names`; `only` these are its targets."""
-    unused = {"rank_pattern": set(config.rank_table.unused(names)), "alpha_pattern": set(config.alpha_table.unused(names))}
+    unused = {"rank_pattern": set(config.rank_table.unused(names)),
+              "alpha_pattern": set(config.alpha_table.unused(names))}
     left = {own: {k: v for k, v in getattr(config, own).items() if k not in keys} for own, keys in unused.items()}
     return replace(config, **left, target_modules=tuple(names) if only else config.target_modules)
 
 
 def as_tensors_say(config: LoRAConfig, values: dict, tensors: dict[str, Tensor]) -> LoRAConfig:
-    """The config of a file with what its tensors say better: which modules a setting such as `layers_to_transform` chose,
-    and which keys of patterns are in use."""
+    """The config of a file with what its tensors say better: which modules a setting such as `layers_to_transform`
+    chose, and which keys of patterns are in use."""
     names = modules_of(tensors, variants()[config.variant])
     if not names:
         return config
@@ -148,7 +150,7 @@ def written(model: nn.Module) -> dict:
 
 
 def task_of(model: nn.Module, head: bool) -> str | None:
-    """PEFT's name of what a Hugging Face model does. A classifier's goes with its head, which PEFT looks for in the file."""
+    """PEFT's name of what a Hugging Face model does. A classifier's goes with its head, which PEFT needs."""
     name, hub = type(model).__name__, getattr(model, "config", None)
     tasks = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
     tasks |= {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"} if head else {}

@@ -10,9 +10,9 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from ..bases import dense_weight, kind_of
 from ..config import ALL_LINEAR, LoRAConfig, entry_matches
 from ..injection import inject
-from ..bases import dense_weight, kind_of
 from ..llama import Llama, LlamaConfig
 from ..losses import masked_cross_entropy
 from ..tables import quoted
