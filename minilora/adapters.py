@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Collection
@@ -24,8 +25,8 @@ from .config import LoRAConfig, variants
 from .distributed import full_tensor, is_main_process
 from .injection import adapter_layers, inject, remove
 from .layers import AdapterLayer, LoRALayer
-from .naming import plain_parameters
-from .peft_format import PREFIX, as_tensors_say, format_of, keys_of, usual_key, without
+from .naming import plain_modules, plain_parameters
+from .peft_format import PREFIX, as_tensors_say, format_of, keys_of, modules_of, moved, renamed, usual_key, without
 from .planning import planned, trained_whole
 from .trained_copy import state_of
 
@@ -86,7 +87,7 @@ def insert_adapter(model: nn.Module, adapter: AdapterFile, any_base: bool = Fals
     """`load_adapter`, from an adapter that has been read."""
     lora = isinstance(adapter.config, LoRAConfig)
     if lora:  # before anything is made: a file may ask for a rank that no memory holds
-        adapter = check_fits(adapter, model)
+        adapter = check_fits(by_names_here(adapter, model), model)
     if not any_base:
         check_base(adapter, model)
     inject(model, adapter.config, any_rank=True)
@@ -170,6 +171,20 @@ def read_settings(folder: Path) -> dict:
         return dict(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, OSError, RecursionError) as e:
         raise ValueError(f"{path} does not hold a JSON object: {e!r}") from None
+
+
+def by_names_here(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
+    """The adapter by the names of this model, where a version of the architecture has put its modules elsewhere."""
+    names, here = modules_of(adapter.tensors, variants()[adapter.config.variant]), {n for n, _ in plain_modules(model)}
+    if not names or any(name in here for name in names) or not (change := moved(names, here)):
+        return adapter
+    warnings.warn(f"{adapter.folder} names its modules {change[0] or '(nothing)'}. ...; taken for {change[1] or '(nothing)'}. "
+                  "... of this model", stacklevel=4)
+    tensors = {PREFIX + renamed(key.removeprefix(PREFIX), *change): t for key, t in adapter.tensors.items()}
+    config = replace(adapter.config, target_modules=tuple(renamed(name, *change) for name in names), rank_pattern={
+        f"^{re.escape(renamed(n, *change))}": adapter.config.rank_of(n) for n in names}, alpha_pattern={
+        f"^{re.escape(renamed(n, *change))}": adapter.config.alpha_of(n) for n in names})
+    return replace(adapter, config=config, tensors=tensors)
 
 
 def check_fits(adapter: AdapterFile, model: nn.Module) -> AdapterFile:

@@ -112,6 +112,28 @@ def modules_of(keys: Iterable[str], layer: type[LoRALayer]) -> list[str]:
                               if key.startswith(PREFIX) and key.endswith(end)))
 
 
+def moved(names: list[str], here: set[str]) -> tuple[str, str] | None:
+    """(old, new): the beginning of a file's module names, and what a model has in its place ("language_model.model" is
+    "model.language_model" since transformers 4.52). None if no single change, or more than one, gives every name a
+    module of the model."""
+    parts = names[0].split(".")
+    for i in range(len(parts)):  # the smallest beginning first
+        old, rest = ".".join(parts[:i]), "." + ".".join(parts[i:])
+        news = {name.removesuffix(rest) for name in here if name.endswith(rest)} | ({""} if rest[1:] in here else set())
+        fits = [new for new in news if all(renamed(name, old, new) in here for name in names)]
+        if fits:
+            return (old, fits[0]) if len(fits) == 1 else None
+    return None
+
+
+def renamed(name: str, old: str, new: str) -> str | None:
+    """`name` with another beginning; None if it does not begin so."""
+    if old and not name.startswith(f"{old}."):
+        return None
+    rest = name[len(old) + 1:] if old else name
+    return f"{new}.{rest}" if new else rest
+
+
 def without(config: LoRAConfig, names: list[str], only: bool = False) -> LoRAConfig:
     """The config without the keys of patterns that match none of the modules `names`; `only` these are its targets."""
     unused = {"rank_pattern": set(config.rank_table.unused(names)), "alpha_pattern": set(config.alpha_table.unused(names))}
