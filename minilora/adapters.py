@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .checkpoints import read_json, read_safetensors
 from .config import LoRAConfig, variants
 from .distributed import full_tensor, is_main_process
 from .injection import adapter_layers, inject, remove
@@ -135,11 +135,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
         hint = f"; {pickles[0]} may be a pickle, which can run code and is never opened: convert it" if pickles else ""
         raise ValueError(f"{folder} holds no {WEIGHTS}{hint}")
-    try:
-        with safe_open(path, framework="pt") as f:
-            tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
-    except Exception as e:  # the reader's errors have no common class: SafetensorError, OSError, KeyError, ...
-        raise ValueError(f"{path} is damaged or not a safetensors file: {e!r}") from None
+    tensors, metadata = read_safetensors(path)
     for key, t in tensors.items():
         if not t.is_floating_point() or not t.float().isfinite().all():
             raise ValueError(f"{key!r} in {path} holds {t.dtype} values that are not all finite floating-point numbers")
@@ -167,10 +163,7 @@ def read_settings(folder: Path) -> dict:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder} is no adapter folder: it holds no {CONFIG}")
-    try:
-        return dict(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError, RecursionError) as e:
-        raise ValueError(f"{path} does not hold a JSON object: {e!r}") from None
+    return read_json(path)
 
 
 def by_names_here(adapter: AdapterFile, model: nn.Module) -> AdapterFile:

@@ -7,12 +7,13 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from . import __version__
+from .tables import plain
 
 # command -> the room that has the function of the same name and "_command", and what it does
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("adapter_tools", "what is inside an adapter: rank, norm, spectrum of every module"),
-    "truncate": ("adapter_tools", "write an adapter again at a smaller rank, as near as that rank allows"),
-    "extract": ("adapter_tools", "write the adapter nearest to the difference of two checkpoints"),
+    "truncate": ("extract", "write an adapter again at a smaller rank, as near as that rank allows"),
+    "extract": ("extract", "write the adapter nearest to the difference of two checkpoints"),
     "memory": ("memory.cli", "what a training step of a model needs, to the byte, and when"),
     "fit": ("memory.cli", "whether a training step fits which cards, and what to change so that it does"),
     "claims": ("memory.cli", "what papers say of memory, reproduced or not, with the arithmetic"),
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ModuleNotFoundError) as error:
         said = missing(error) if isinstance(error, ModuleNotFoundError) else str(error)
-        print(f"minilora {name}: {' '.join(said.split())}", file=sys.stderr)
+        print(plain(f"minilora {name}: {' '.join(said.split())}"), file=sys.stderr)
         return 2
     return 0
 

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
 
@@ -156,3 +157,11 @@ def is_number(x) -> bool:
 def require(ok, what: str, got) -> None:
     if not ok:
         raise ValueError(f"{plain(what)}, got {quoted(got)}")
+
+
+def check_name(kind: str, name: str, names: Iterable[str]) -> None:
+    """Raise a ValueError, with the nearest of the names there are, unless `name` is one of them."""
+    if name not in names:
+        near = get_close_matches(str(name), names, n=1)
+        hint = f"; near: {near[0]}" if near else ""
+        raise ValueError(f"no {kind} {quoted(name)}, expected one of {', '.join(names)}{hint}")

@@ -1,11 +1,11 @@
 """Regular expressions that strangers may write: matched in linear time, so that no pattern can hang a command.
 
 Python's `re` tries one way after another, and ``(([a-z0-9_]+)\\.?)+Z`` has exponentially many ways through a module's
-name. Here all ways are followed at once (Thompson 1968): a pattern becomes an automaton, and reading a name keeps the set
-of the states that its characters may have led to. Each set and character is worked out once and remembered.
+name. Here all ways are followed at once (Thompson 1968): a pattern becomes an automaton, and reading a name keeps the
+set of the states that its characters may have led to. Each set and character is worked out once and remembered.
 
-A name is read from its end to its start. A lookahead then asks about characters that have been read already, so it costs
-one more reading of the name and no search.
+A name is read from its end to its start. A lookahead then asks about characters that have been read already: it costs
+one more reading of the name, and no search.
 """
 
 import re
@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 MOST_CHARACTERS = 2_000_000  # of all patterns of a table: 20,000 modules named in full are about 1,200,000
 MOST_COPIES = 20_000  # states more than characters, after x{3,5} has become x x x x? x?
 MOST_LOOKAHEADS = 16
-MOST_STEPS = 5_000_000  # that a table may work out (not look up) in its life: some seconds; 20,000 names take 2,100,000
+MOST_STEPS = 5_000_000  # that a table may work out (not look up) in its life; 20,000 names of their own take 2,100,000
 
 CATEGORIES: dict[Hashable, Callable[[str], bool]] = {
     op.CATEGORY_DIGIT: str.isdecimal, op.CATEGORY_NOT_DIGIT: lambda c: not c.isdecimal(),
@@ -43,8 +43,8 @@ WORDS = {op.GROUPREF: "a reference to a group", op.GROUPREF_EXISTS: "a condition
 class PatternTable(Generic[Value]):
     r"""A value for each pattern; a name gets that of the first pattern that matches it whole, as `re.fullmatch` does.
 
-    Known are literals, ``.``, classes, ``\d \s \w``, groups, ``|``, ``* + ? {m,n}`` (lazy ones too), ``^ $ \A \Z \b`` and
-    lookaheads. Unknown are flags, lookbehinds, references to groups, possessive repeats and atomic groups.
+    Known are literals, ``.``, classes, ``\d \s \w``, groups, ``|``, ``* + ? {m,n}`` (lazy ones too), ``^ $ \A \Z \b``
+    and lookaheads. Unknown are flags, lookbehinds, references to groups, possessive repeats and atomic groups.
 
     Args:
         values: by pattern. written: makes the whole regular expression of a pattern.
@@ -59,7 +59,8 @@ class PatternTable(Generic[Value]):
         if wrong := [pattern for pattern in values if not isinstance(pattern, str)]:
             raise ValueError(f"a pattern must be a string, got {quoted(wrong[0])}")
         if (characters := sum(len(written(pattern)) for pattern in values)) > MOST_CHARACTERS:
-            raise ValueError(f"the patterns have {characters:,} characters in all, expected at most {MOST_CHARACTERS:,}")
+            raise ValueError(f"the patterns have {characters:,} characters in all, expected at most "
+                             f"{MOST_CHARACTERS:,}")
         self.automaton = Automaton(characters + MOST_COPIES)
         for i, (pattern, _) in enumerate(self.values):
             try:
@@ -70,12 +71,13 @@ class PatternTable(Generic[Value]):
             except (re.error, OverflowError, RecursionError) as e:
                 raise ValueError(f"{quoted(pattern)} is not a regular expression: {e}") from None
             except Unknown as e:
-                raise ValueError(f"the pattern {quoted(pattern)} has {e}, which is not supported: it may cost more time than "
-                                 "the length of a name") from None
+                raise ValueError(f"the pattern {quoted(pattern)} has {e}, which is not supported: it may cost more "
+                                 "time than the length of a name") from None
 
     def get(self, name: str, default=None):
         """The value of the first pattern that matches the whole name."""
-        return next((self.values[i][1] for i in self.automaton.accepted(name)), default)
+        numbers = self.automaton.accepted(name) if self.values else ()
+        return self.values[numbers[0]][1] if numbers else default
 
     def unused(self, names: Iterable[str]) -> list[str]:
         """The patterns that match none of the names."""
@@ -103,7 +105,8 @@ class Automaton:
     this place, next state) or (-1, pattern), where a pattern has been read to its start.
 
     Args:
-        most_states: it may have. anywhere: whether a match may end at every place of a name, as a lookahead's may, or only at its end.
+        most_states: it may have.
+        anywhere: whether a match may end at every place of a name, as a lookahead's may, or only at its end.
     """
 
     def __init__(self, most_states: int, anywhere: bool = False):

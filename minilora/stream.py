@@ -7,7 +7,8 @@ stream weights that train, and so must write them and their states back; here ev
 
     build_store("llama-2-7b", "store", quantise="nf4")        # once: one safetensors file a layer
     model = StreamedLlama(Store.open("store"), "cuda")
-    inject(model, LoRAConfig()); train(model, ...)            # as ever
+    inject(model, LoRAConfig())
+    train(model, ..., loss=StreamedLlama.loss)                # else as ever
 
 Two slots on the device hold all that visits: while layer i computes in one, layer i + 1 (in backward i - 1) is copied
 into the other. Where the pass turns round, at the head and at the first layer, what is next is there already, so L
@@ -21,17 +22,14 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import require
-from .llama import Cache, Llama, rotary_tables
+from .llama import Cache, Llama
+from .losses import IGNORE, ChunkedCrossEntropy
 from .quant import Linear4bit, traced
+from .rotary import rotary_tables
 from .weight_store import ALIGN, Store, lay_out, skeleton
-
-LOSS_CHUNK = 512  # tokens whose logits stand at once; the planner's (memory/blocks.py) is the same
-IGNORE = -100  # a target that does not count, as torch's cross_entropy has it
 
 
 # ---------------------------------------------------------------- what moves
@@ -226,45 +224,13 @@ class StreamedLlama(Llama):
         self.visits.fetch(len(self.model.layers))  # in backward others have been here since
         return self.lm_head(y)
 
-    def chunked_loss(self, ids: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
-        """`masked_cross_entropy`, `LOSS_CHUNK` tokens' logits at a time, so that the (B T, V) of all never stand."""
+    def loss(self, ids: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
+        """`masked_cross_entropy`, a chunk of tokens at a time; for ``train(..., loss=StreamedLlama.loss)``."""
         counted = (targets != IGNORE).sum() if counted is None else counted
         y = self.decode(ids).flatten(0, 1)  # (B T, C)
         trained = [p for p in self.lm_head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-        return ChunkedLoss.apply(y, targets.flatten(), counted, self.lm_head, torch.is_grad_enabled(), *trained)
+        return ChunkedCrossEntropy.apply(y, targets.flatten(), counted, self.lm_head, torch.is_grad_enabled(), *trained)
 
     def _apply(self, fn, recurse=True):
         raise ValueError("a streamed decoder's weights stay where they are: say device and dtype when you make it, "
                          "StreamedLlama(store, device, dtype)")
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy of head(y), summed and divided by `counted`, chunk by chunk. The gradients of y and of what trains
-    in the head are made in forward, while the head is there: neither it nor any logits are needed in backward."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, targets: Tensor, counted: Tensor, head: nn.Module, wanted: bool,
-                *trained: Tensor) -> Tensor:
-        dy = torch.empty_like(y) if wanted and ctx.needs_input_grad[0] else None  # (N, C)
-        sums = [torch.zeros_like(p) for p in trained]
-        loss = torch.zeros((), device=y.device, dtype=torch.promote_types(y.dtype, torch.float32))
-        for start in range(0, len(y), LOSS_CHUNK):
-            piece = slice(start, start + LOSS_CHUNK)
-            rows = y[piece].detach().requires_grad_(dy is not None)  # (n, C)
-            with torch.set_grad_enabled(dy is not None or bool(trained)):
-                part = F.cross_entropy(head(rows), targets[piece], ignore_index=IGNORE, reduction="sum") / counted
-            loss += part.detach()
-            leaves = [rows] * (dy is not None) + list(trained)
-            grads = list(torch.autograd.grad(part, leaves)) if leaves else []
-            if dy is not None:
-                dy[piece] = grads.pop(0)
-            for total, grad in zip(sums, grads):
-                total += grad
-        ctx.save_for_backward(dy, *sums)
-        return loss.to(y.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        dy, *sums = ctx.saved_tensors
-        return None if dy is None else dy * grad, None, None, None, None, *(total * grad for total in sums)

@@ -20,9 +20,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .adapters import save_adapter
+from .checkpoints import read_json
 from .config import ALL_LINEAR, LoRAConfig, require
 from .injection import inject
-from .llama import LlamaConfig, read_json
+from .llama import LlamaConfig
 from .memory.bill import Bill, estimate
 from .memory.cards import Card
 from .memory.config_file import suggest
@@ -31,10 +32,10 @@ from .memory.fitting import judge
 from .memory.models import FAMILIES, ModelSpec
 from .memory.run import Training
 from .quant import LEVELS
-from .weight_store import RECIPE, Source, Store, build_store
 from .stream import StreamedLlama, Traffic
 from .tables import bytes_text, table
 from .train import train
+from .weight_store import Source, Store, build_store
 
 M_MMAP_THRESHOLD = -3  # of mallopt
 UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -161,7 +162,7 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     store = Store.make(Source(LlamaConfig(64, 64, 64, 2, 2), dtype), "nf4")
     model = inject(StreamedLlama(store, device), LoRAConfig(2, 4))
     ids = torch.zeros(1, 8, dtype=torch.long, device=device)
-    train(model, lambda step: (ids, ids), steps=2, lr=1e-3, progress=False)
+    train(model, lambda step: (ids, ids), steps=2, lr=1e-3, progress=False, loss=StreamedLlama.loss)
 
 
 def measure(store: Store, lora: LoRAConfig, batch: int, seq: int, steps: int, device: torch.device,
@@ -185,8 +186,8 @@ def measure(store: Store, lora: LoRAConfig, batch: int, seq: int, steps: int, de
             bar.update()
 
         model.visits.on_fetch = told
-        log = train(model, lambda step: (ids, targets), steps=steps, lr=1e-4, progress=False, on_step=lambda *state:
-                    seen.append((replace(model.visits.traffic), state[2].seconds)))
+        log = train(model, lambda step: (ids, targets), steps=steps, lr=1e-4, progress=False, loss=StreamedLlama.loss,
+                    on_step=lambda *state: seen.append((replace(model.visits.traffic), state[2].seconds)))
         bar.close()
         if out:
             save_adapter(model, out)

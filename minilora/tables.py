@@ -10,10 +10,12 @@ MOST_IN_CELL, MOST_IN_LINE, MOST_QUOTED = 120, 600, 160  # characters of a stran
 
 def plain(text: object, most: int = MOST_IN_LINE) -> str:
     """Text as it may go to a terminal, in one line: what is no printable character (a line end, an escape code, a mark
-    that turns the direction of reading) as Python writes it, such as ``\\x1b``; from the middle of a long text, dots."""
+    that turns the direction of reading) as Python writes it, such as ``\\x1b``; dots for the middle of a long text."""
     text = str(text)
     if len(text) > most:  # before the escapes, so that no work is done on megabytes
         text = f"{text[:most * 2 // 3]} ... {text[-most // 3:]}"
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -7,23 +7,22 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapters import fingerprint
+from .checkpoints import checksum, read_json, read_safetensors, write_file
 from .config import require
 from .injection import replace
-from .llama import Block, Llama, LlamaConfig, read_json
+from .llama import Block, Llama, LlamaConfig
 from .quant import LEVELS, Linear4bit, quantise_model
 from .tables import bytes_text
 
@@ -91,7 +90,7 @@ class Store:
         folder = Path(folder)
         if not (folder / RECIPE).is_file():
             raise ValueError(f"{folder} is no store: it holds no {RECIPE}; build_store makes one")
-        recipe = read_json(folder / RECIPE)
+        recipe = read_json(folder / RECIPE, "a store")
         try:
             config, kind, dtype = LlamaConfig.from_hf(recipe["config"]), recipe["quantise"], DTYPES[recipe["dtype"]]
             shards = shards_of(skeleton(config, kind, dtype))
@@ -189,8 +188,8 @@ def build_store(source: str | Path | LlamaConfig, folder: str | Path, quantise: 
     recipe = {"config": source.config.to_hf(), "quantise": quantise, "dtype": name_of_dtype, "source": source.name}
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / RECIPE).exists():
-        write(folder / RECIPE, lambda path: path.write_text(json.dumps(recipe, indent=2) + "\n"))
-    elif (there := read_json(folder / RECIPE)) != recipe:
+        write_file(folder / RECIPE, lambda path: path.write_text(json.dumps(recipe, indent=2) + "\n"))
+    elif (there := read_json(folder / RECIPE, "a store")) != recipe:
         other = ", ".join(f"{k} {there.get(k)!r} there, {v!r} here" for k, v in recipe.items() if there.get(k) != v)
         raise ValueError(f"{folder} holds another store ({other}): choose another folder, or delete it")
     wanted, plain = shards_of(skeleton(source.config, quantise, dtype)), shards_of(source.plain)
@@ -203,32 +202,13 @@ def build_store(source: str | Path | LlamaConfig, folder: str | Path, quantise: 
         tensors = {key: t.cpu().contiguous() for key, t in
                    source.shard(name, plain[name], quantise, device).items()}
         metadata = {"format": "pt", "store": digest_of(recipe), "sha256": checksum(tensors)}
-        write(folder / f"{name}.safetensors", lambda path: save_file(tensors, path, metadata))
+        write_file(folder / f"{name}.safetensors", partial(save_file, tensors, metadata=metadata))
         del tensors
-
-
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write a file beside `path`, then give it its name; an OSError says why it could not."""
-    fresh = path.with_name(path.name + ".tmp")
-    try:
-        save(fresh)
-        with open(fresh, "rb") as f:
-            os.fsync(f.fileno())  # so that a power cut after the renaming finds the bytes
-        os.replace(fresh, path)
-    except Exception as e:  # safetensors has an error of its own for a full disk
-        raise OSError(f"could not write {path}: {e}") from None
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def read_shard(path: Path, recipe: dict, expected: dict[str, Tensor], verify: bool = True) -> dict[str, Tensor]:
     """The tensors of a shard, mapped; a ValueError if it is not what the recipe made."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
-    except Exception as e:  # the reader's errors have no common class: SafetensorError, OSError, KeyError, ...
-        raise ValueError(f"{path} is truncated, damaged or no safetensors file: {e!r}; delete it and build the store "
-                         "again") from None
+    tensors, metadata = read_safetensors(path, advice="; delete it and build the store again")
     if metadata.get("store") != digest_of(recipe):
         raise ValueError(f"{path} is a shard of another store than {RECIPE} beside it")
     shapes = lambda ts: {name: (t.shape, t.dtype) for name, t in ts.items()}
@@ -245,15 +225,6 @@ def whole(path: Path, recipe: dict, expected: dict[str, Tensor]) -> bool:
 
 def digest_of(recipe: dict) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """Of all names and bytes."""
-    total = hashlib.sha256()
-    for name, t in sorted(tensors.items()):
-        total.update(name.encode())
-        total.update(t.flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
 
 
 def held(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ def at_birth(folder: Path, **settings) -> None:
 
 
 def variant(name: str, **settings) -> list[float]:
-    """Losses of a short run of a model of another kind, in double precision; of a 16-bit base the first gradient's norm."""
+    """Losses of a short run of a model of another kind, in double precision; of a 16-bit base the first norm."""
     kinds = {"dora": {"use_dora": True}, "pissa": {"init": "pissa"}}
     if name == "looked at":  # every weight trains, and a forward before the update gathers those of this step
         look = torch.no_grad()(lambda step, m, log: m(data(step)[0]))

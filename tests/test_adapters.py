@@ -512,11 +512,11 @@ def test_starts_that_leave_the_base_alone_are_accepted(saved, start):
     [
         (lambda f: shutil.rmtree(f), "is no adapter folder: it holds no adapter_config.json"),
         (lambda f: (f / "adapter_config.json").unlink(), "it holds no adapter_config.json"),
-        (lambda f: (f / "adapter_config.json").write_text("{"), "does not hold a JSON object"),
-        (lambda f: (f / "adapter_config.json").write_text("[1, 2]"), "does not hold a JSON object"),
-        (lambda f: (f / "adapter_config.json").write_text("null"), "does not hold a JSON object"),
-        (lambda f: (f / "adapter_config.json").write_text("[" * 100_000), "does not hold a JSON object"),
-        (lambda f: (f / "adapter_config.json").write_bytes(b"\xff\xfe{}"), "does not hold a JSON object"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "is damaged or not a JSON file"),
+        (lambda f: (f / "adapter_config.json").write_text("[1, 2]"), "must hold an object"),
+        (lambda f: (f / "adapter_config.json").write_text("null"), "must hold an object"),
+        (lambda f: (f / "adapter_config.json").write_text("[" * 100_000), "is damaged or not a JSON file"),
+        (lambda f: (f / "adapter_config.json").write_bytes(b"\xff\xfe{}"), "is damaged or not a JSON file"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
         (
             lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),

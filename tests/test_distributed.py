@@ -63,7 +63,8 @@ def test_the_numbers_are_those_of_one_process(parallel, together, alone):
         assert found[name] == pytest.approx(log.loss[:steps], abs=1e-12)  # but for the order of sums, they are equal
     assert found["norm"] == pytest.approx(log.grad_norm, abs=1e-12)
     first = run(model(), stop_at=1)  # in fp32: its first step, before training amplifies what rounding does
-    assert found["single"] == pytest.approx((first.loss[0], first.grad_norm[0]), rel=20 * torch.finfo(torch.float32).eps)
+    rounding = torch.finfo(torch.float32).eps
+    assert found["single"] == pytest.approx((first.loss[0], first.grad_norm[0]), rel=20 * rounding)
     a, b = (load_file(place / FILES[1]) for place in (folder / parallel / "trained", saved(alone)))
     assert all(torch.allclose(a[key], b[key], rtol=0, atol=1e-10) for key in a | b)
 

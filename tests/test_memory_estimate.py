@@ -128,7 +128,7 @@ def test_transformers_and_peft(family, mode, method, checkpointing):
     config = transformers_config(small)
     spec = ModelSpec.from_config(config.to_dict())
     assert (spec.activation, spec.dropout, spec.kv_heads) == (base.activation, base.dropout, heads)
-    run = Training(batch=2, seq=32, rank=8, checkpointing=checkpointing, implementation="transformers", **MODES[mode],
+    run = Training(batch=2, seq=32, rank=8, checkpointing=checkpointing, stack="transformers", **MODES[mode],
                    **METHODS[method], dropout=0.1 if mode == "autocast" and method != "full" else 0.0)
     if method == "LoRA q v":
         run = replace(run, target_modules=spec.layout.targets)
@@ -148,7 +148,7 @@ def test_peft_on_bitsandbytes(family, autocast, checkpointing):
     heads = 2 if family in ("llama", "qwen2") else 4
     config = transformers_config(ModelSpec("small", family, 2, 64, 4, heads, 16, 256, 512, 64, False))
     run = Training("qlora", 8, ALL, 2, 32, autocast=autocast, checkpointing=checkpointing,
-                   implementation="transformers")
+                   stack="transformers")
     assert estimate(ModelSpec.from_config(config.to_dict()), run).peak == traced(config, run)
 
 
@@ -174,7 +174,7 @@ def test_the_state_of_eight_bit_adamw(dtype):
 @pytest.mark.parametrize("options", [{}, {"method": "full", "checkpointing": True},
                                      {"method": "qlora", "autocast": True}, {"cards": 4, "zero": 3}, {"cards": 2},
                                      {"accumulation": 4},
-                                     {"implementation": "transformers", "method": "qlora", "checkpointing": True}])
+                                     {"stack": "transformers", "method": "qlora", "checkpointing": True}])
 def test_items_sum_to_the_peak(name, options):
     bill = estimate(ModelSpec.preset(name), Training(seq=256, **options))
     assert sum(bill.parts.values()) == sum(row.bytes for row in bill.rows) == bill.peak > 0
@@ -185,7 +185,7 @@ def test_items_sum_to_the_peak(name, options):
 
 @pytest.mark.parametrize("options", [{}, {"method": "full"}, {"checkpointing": True}, {"method": "qlora", "batch": 3},
                                      {"method": "full", "optimizer": "sgd", "checkpointing": True, "seq": 100},
-                                     {"implementation": "transformers"}, {"cards": 8, "zero": 3},
+                                     {"stack": "transformers"}, {"cards": 8, "zero": 3},
                                      {"method": "qlora", "checkpointing": True, "base": "host"}])
 def test_following_the_line_is_playing_every_layer(options):
     """Peak and items of 23 layers, from four and five."""
@@ -361,7 +361,10 @@ def test_175b_is_answered_at_once_without_torch():
     ("--model gpt2 --dropout 1", "dropout must be in [0, 1)"),
     ("--model gpt2 --dropout nan", "dropout must be in [0, 1)"),
     ("--model gpt2 --batch 99999999999999999999", "batch must be"),
-    ("--model llama-3-8b --attention eager", "fused attention alone"),
+    ("--model llama-3-8b --stack minilora --attention eager", "fused attention alone"),
+    ("--model gpt2 --stack tlr", "no stack 'tlr'; near it: trl"),
+    ("--model gpt2 --stack minilora --kernels unsloth", "kernels unsloth is of stacks with PEFT's adapters"),
+    ("--model gpt2 --stack minilora --loss fused", "loss fused is Liger's"),
     ("--config /nowhere", "there is no /nowhere"),
     ("", "--model"),
     ("--model gpt2 --family llama", "--family goes with --config"),

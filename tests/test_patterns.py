@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import LoRAConfig, load_adapter
+from minilora.adapter_tools import inspect_adapter
 from minilora.adapters import write_adapter
 from minilora.peft_format import keys_of, peft_config
-from minilora.adapter_tools import inspect_adapter, truncate_adapter
 from minilora.config import ending
+from minilora.extract import truncate_adapter
 from minilora.patterns import MOST_CHARACTERS, PatternTable
 
 ONE = st.sampled_from(["a", "b", "_", "0", r"\.", ".", r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", "[ab]", "[^a]",
@@ -63,8 +64,9 @@ def test_patterns_that_are_in_use(pattern):
 
 
 @pytest.mark.parametrize("pattern, said", [
-    (r"(a)\1", "a reference to a group"), ("(?<=a)b", "a lookbehind"), ("(?<!a)b", "a lookbehind"), ("(?i)a", "the flag"),
-    ("(?i:a)", "a flag"), ("(?>a*)b", "an atomic group"), ("a*+b", "a possessive repeat"), (r"a\Bb", r"\B"),
+    (r"(a)\1", "a reference to a group"), ("(?<=a)b", "a lookbehind"), ("(?<!a)b", "a lookbehind"),
+    ("(?i)a", "the flag"), ("(?i:a)", "a flag"), ("(?>a*)b", "an atomic group"), ("a*+b", "a possessive repeat"),
+    (r"a\Bb", r"\B"),
     ("(a)?(?(1)b|c)", "a condition on a group"), ("(?:a{1000}){10000}", "repeats that come to more than 20,000 copies"),
     ("(?!b)" * 17, "more than 16 lookaheads"), ("(?!a(?=b))", "a lookahead in a lookahead"),
 ], ids=str)
@@ -93,9 +95,9 @@ def test_no_pattern_hangs(pattern, tmp_path):
     keys = keys_of(name, "linear")
     tensors = {keys["lora_A"]: torch.ones(4, 9), keys["lora_B"]: torch.ones(7, 4)}
     config = peft_config(LoRAConfig(4, target_modules=("q_proj",)))
-    for settings in ({"rank_pattern": {pattern: 4}}, {"alpha_pattern": {pattern: 4}}, {"target_modules": pattern}):
+    for setting in ({"rank_pattern": {pattern: 4}}, {"alpha_pattern": {pattern: 4}}, {"target_modules": pattern}):
         write_adapter(tmp_path, tensors, config)
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config | settings))
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | setting))
         assert inspect_adapter(tmp_path).modules[0].rank == 4
         truncate_adapter(tmp_path, tmp_path / f"{len(list(tmp_path.iterdir()))}", rank=2)
         with pytest.raises(ValueError, match="does not fit this model"):

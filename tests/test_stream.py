@@ -18,11 +18,13 @@ from safetensors.torch import load_file
 
 from minilora import (LoRAConfig, fingerprint, inject, load_adapter, lora_parameters, merge, plan, remove, report,
                       save_adapter)
-from minilora import stream, weight_store
+from minilora import losses as losses_room
+from minilora import weight_store
 from minilora.__main__ import main
 from minilora.injection import adapter_layers
 from minilora.peft_methods import IA3, BitFit, PromptTuning
 from minilora.llama import Cache, Llama, LlamaConfig
+from minilora.losses import masked_cross_entropy
 from minilora.memory import ModelSpec, Training, estimate
 from minilora.memory.costs import moved
 from minilora.memory.decoders.decoder import LOSS_CHUNK
@@ -31,7 +33,7 @@ from minilora.stream_run import bytes_of
 from minilora.quant import quantise_model
 from minilora.weight_store import Source, Store, build_store
 from minilora.stream import StreamedLlama
-from minilora.train import masked_cross_entropy, train
+from minilora.train import train
 from small import IDS, SIZES, logits, roundings, shake
 
 SHAPE = SIZES | {"num_hidden_layers": 5, "num_key_value_heads": 2}
@@ -65,6 +67,10 @@ def pair(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> tuple[L
     if kind == "nf4":
         quantise_model(whole)
     return whole, StreamedLlama(Store.open(folder / kind), dtype=dtype)
+
+
+def loss_of(model: Llama):
+    return StreamedLlama.loss if isinstance(model, StreamedLlama) else masked_cross_entropy
 
 
 def far(a, b) -> float:
@@ -106,11 +112,11 @@ EVERY_KIND = pytest.mark.parametrize("settings", [
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 @EVERY_KIND
 def test_the_first_step_and_generation(folder, kind, settings, monkeypatch):
-    monkeypatch.setattr(stream, "LOSS_CHUNK", 5)  # 18 tokens in four chunks
+    monkeypatch.setattr(losses_room, "LOSS_CHUNK", 5)  # 18 tokens in four chunks
     found = []
     for model in adapted(pair(folder, kind), settings, torch.float32):
         torch.manual_seed(0)
-        loss = masked_cross_entropy(model, *batches(99))
+        loss = loss_of(model)(model, *batches(99))
         loss.backward()
         grads = [p.grad.clone() for p in lora_parameters(model)]
         found.append((loss.detach(), grads, logits(model.eval()), model.generate(IDS[:, :5], 6)))
@@ -124,11 +130,11 @@ def test_the_first_step_and_generation(folder, kind, settings, monkeypatch):
 @EVERY_KIND
 def test_ten_steps_of_training(folder, kind, settings, monkeypatch):
     """In fp64: ten steps at this rate make of the last bit of an fp32 number its fifth digit."""
-    monkeypatch.setattr(stream, "LOSS_CHUNK", 5)
+    monkeypatch.setattr(losses_room, "LOSS_CHUNK", 5)
     found = []
     for model in adapted(pair(folder, kind, torch.float64), settings, torch.float64):
         start = [p.detach().clone() for p in lora_parameters(model)]
-        log = train(model, batches, steps=10, lr=1e-2, progress=False)
+        log = train(model, batches, steps=10, lr=1e-2, progress=False, loss=loss_of(model))
         assert far(start, lora_parameters(model)) > 0.01
         found.append((log.loss, lora_parameters(model), logits(model.eval()), model.generate(IDS[:, :5], 6)))
     (losses, adapters, out, said), (losses2, adapters2, out2, said2) = found
@@ -200,7 +206,7 @@ def test_few_layers_and_tied_heads(layers, tied):
         inject(model, LoRAConfig())
     same_start((whole, streamed), torch.float64)
     for model in (whole, streamed):
-        train(model, batches, steps=3, lr=1e-2, progress=False)
+        train(model, batches, steps=3, lr=1e-2, progress=False, loss=loss_of(model))
     assert far(lora_parameters(whole), lora_parameters(streamed)) <= 1e-10
     assert torch.equal(whole.generate(IDS, 4), streamed.generate(IDS, 4))
 
@@ -209,10 +215,10 @@ def test_loss_without_gradients_or_targets(folder):
     whole, streamed = pair(folder, "dense")
     ids, targets = batches(0)
     with torch.no_grad():
-        found = [masked_cross_entropy(model, ids, targets) for model in (whole, streamed)]
+        found = [loss_of(model)(model, ids, targets) for model in (whole, streamed)]
         assert roundings(*found) <= 10
-    assert not masked_cross_entropy(streamed, ids, targets).requires_grad  # nothing trains yet
-    assert masked_cross_entropy(streamed, ids, torch.full_like(ids, -100)).isnan()  # as torch's cross_entropy
+    assert not streamed.loss(ids, targets).requires_grad  # nothing trains yet
+    assert streamed.loss(ids, torch.full_like(ids, -100)).isnan()  # as torch's cross_entropy
 
 
 @pytest.mark.parametrize("method", [BitFit(), IA3(), PromptTuning(3)], ids=str)
@@ -222,7 +228,7 @@ def test_the_relatives_train_on_it_too(folder, method):
         inject(model, method)
     same_start(models, torch.float64)
     for model in models:
-        train(model, batches, steps=3, lr=1e-2, progress=False)
+        train(model, batches, steps=3, lr=1e-2, progress=False, loss=loss_of(model))
         found.append(lora_parameters(model))
     assert far(*found) <= 1e-10 and max(p.grad is None for p in found[1])
 
@@ -244,10 +250,10 @@ def test_what_is_on_the_device_and_what_moves(folder):
         seen.append(len(on_device) + (model.lm_head.weight.untyped_storage().data_ptr() in slots))
 
     model.visits.on_fetch = look
-    train(model, batches, steps=1, lr=1e-2, progress=False)
+    train(model, batches, steps=1, lr=1e-2, progress=False, loss=StreamedLlama.loss)
     assert order == [0, 1, 2, 3, 4, 5, 4, 3, 2, 1, 0] and max(seen) == 2
     before = replace(model.visits.traffic)
-    train(model, batches, steps=1, lr=1e-2, progress=False)
+    train(model, batches, steps=1, lr=1e-2, progress=False, loss=StreamedLlama.loss)
     after = model.visits.traffic
     assert after.visits - before.visits == 2 * 5 - 3 + 1
     run = Training(seq=9, batch=2, checkpointing=True, base="disk")  # it is 16 bits that move, though fp32 computes
@@ -270,7 +276,7 @@ def test_a_traced_step_is_within_two_percent_of_the_plan(quantise, targets):
         ids, labels = (torch.randint(2000, (1, 256)) for _ in range(2))
     for _ in range(2):
         with trace() as t:
-            masked_cross_entropy(model, ids, labels).backward()
+            model.loss(ids, labels).backward()
             adamw.step()
             adamw.zero_grad()
     run = Training("qlora" if quantise else "lora", 4, targets, seq=256, checkpointing=True, base="host")
@@ -292,7 +298,7 @@ def test_inputs_on_the_host_leave_the_device():
 
 
 def test_the_plan_knows_the_chunk():
-    assert stream.LOSS_CHUNK == LOSS_CHUNK
+    assert losses_room.LOSS_CHUNK == LOSS_CHUNK
 
 
 def test_a_copy_that_fails_is_told_and_tried_again(folder):
@@ -319,7 +325,7 @@ def test_a_streamed_base_is_read_only(folder):
     with pytest.raises(ValueError, match="weights stay where they are"):
         model.half()
     with pytest.raises(ValueError, match="nothing to train"):
-        train(model, batches, steps=1, lr=1e-3, progress=False)
+        train(model, batches, steps=1, lr=1e-3, progress=False, loss=StreamedLlama.loss)
     inject(model, LoRAConfig())
     with pytest.raises(ValueError, match="cannot merge into a streamed weight"):
         merge(model)
@@ -327,7 +333,7 @@ def test_a_streamed_base_is_read_only(folder):
     remove(model)
     model.model.layers[2].self_attn.q_proj.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="requires_grad: a streamed base is read-only"):
-        train(model, batches, steps=1, lr=1e-3, progress=False)
+        train(model, batches, steps=1, lr=1e-3, progress=False, loss=StreamedLlama.loss)
 
 
 def test_nothing_looks_tied_that_only_shares_a_slot(folder):
@@ -427,7 +433,7 @@ def of_another(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage, said", [(flip, "is damaged: its bytes are not those that were written"),
-                                          (cut, "is truncated, damaged"), (of_another, "is a shard of another store"),
+                                          (cut, "is damaged or not a safetensors file"), (of_another, "is a shard of another store"),
                                           (Path.unlink, "lacks layer_00002.safetensors")])
 def test_a_damaged_shard_is_refused_before_anything_runs(tmp_path, damage, said):
     build_store(CONFIG, tmp_path / "store")
@@ -516,7 +522,7 @@ model = inject(StreamedLlama(Store.open(sys.argv[1])), LoRAConfig())
 ids = torch.arange(24).view(3, 8)
 print("go", flush=True)
 log = train(model, lambda step: (ids, ids.roll(step, 1)), steps=400, lr=1e-2, checkpoint=sys.argv[2], every=5,
-            progress=False, stop_at=int(sys.argv[3]))
+            progress=False, stop_at=int(sys.argv[3]), loss=StreamedLlama.loss)
 """
 
 

@@ -10,7 +10,6 @@ from torch import nn
 from ..grading.models import Pair, Tuned
 from . import Exercise, Prediction
 
-
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj",
          "model.layers.10.mlp.up_proj", "vision.my_q_proj", "q_proj", "q_proj.norm", "lm_head", "model.up_proj_2")
 WANTED = (["q_proj"], ["up_proj", "lm_head"], ["layers.1.mlp.up_proj"], ["lm_head", "self_attn.q_proj"])

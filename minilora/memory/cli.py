@@ -6,12 +6,19 @@ import textwrap
 import warnings
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import asdict, fields
+from typing import TypeVar
 
 from ..config import ALL_LINEAR
 from ..tables import bytes_text, table
 from .bill import estimate
 from .models import PRESETS, ModelSpec
 from .run import KNOWN, METHODS, Serving, Training
+from .stacks import STACKS
+
+DEFAULT_STACK = "trl"  # on the command line; in Python a `Training` is our own unless it says otherwise
+SET_BY_STACKS = {name for stack in STACKS.values() for name in (*stack.defaults, *stack.qlora)}
+
+R = TypeVar("R", Training, Serving)
 
 
 def memory_command(parser, arguments: list[str]) -> None:
@@ -28,13 +35,17 @@ def memory_command(parser, arguments: list[str]) -> None:
     bill = estimate(spec_of(options), run)
     verdict = None
     if options.card:
-        from .fitting import judge
+        from .fitting import judge, turning_points
 
         verdict = judge(bill, options.card)
     if options.json:
-        print(json.dumps(bill.to_dict() | ({"card": verdict.to_dict()} if verdict else {}), indent=2))
-    else:
-        print(bill.text(bars=sys.stdout.isatty()), *([verdict] if verdict else []), sep="\n\n")
+        print(json.dumps({"assumptions": run.assumptions()} | bill.to_dict()
+                         | ({"card": verdict.to_dict()} if verdict else {}), indent=2))
+        return
+    more = [verdict] * bool(verdict)
+    if verdict and not options.serve:
+        more += [filled(line) for line in turning_points(bill, options.card)]
+    print(filled(run.assumptions()), bill.text(bars=sys.stdout.isatty()), *more, sep="\n\n")
 
 
 def fit_command(parser, arguments: list[str]) -> None:
@@ -44,8 +55,17 @@ def fit_command(parser, arguments: list[str]) -> None:
     add_run_options(parser)
     parser.add_argument("--card", help="one of those that `cards` lists; without it, all of them")
     options = parser.parse_args(arguments)
-    found = fit(spec_of(options), run_of(options), options.card)
-    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+    run = run_of(options, Training)
+    found = fit(spec_of(options), run, options.card)
+    if options.json:
+        print(json.dumps({"assumptions": run.assumptions()} | found.to_dict(), indent=2))
+    else:
+        print(filled(run.assumptions()), found, sep="\n\n")
+
+
+def filled(text: str) -> str:
+    """As a paragraph of a hundred columns."""
+    return textwrap.fill(text, 98, break_on_hyphens=False)
 
 
 def claims_command(parser, arguments: list[str]) -> None:
@@ -143,12 +163,14 @@ def add_run_options(parser) -> None:
 
 def add_option(parser, field) -> None:
     name, default = "--" + field.name.replace("_", "-"), field.default
+    by_stack = field.name in SET_BY_STACKS
     if isinstance(default, bool):
-        parser.add_argument(name, action=BooleanOptionalAction, default=SUPPRESS, help=f"default {default}")
+        parser.add_argument(name, action=BooleanOptionalAction, default=SUPPRESS, help="default: as the stack has it" if by_stack else f"default {default}")
     else:
         known = "".join(f"{value}, " for value in KNOWN.get(field.name, ()))
         parser.add_argument(name, type=type(default), default=SUPPRESS, metavar=field.name.upper(),
-                            help=f"{known}default {default}")
+                            help=known + ("default: as the stack has it" if by_stack else
+                                          f"default {DEFAULT_STACK if field.name == 'stack' else default}"))
 
 
 def spec_of(options) -> ModelSpec:
@@ -157,13 +179,14 @@ def spec_of(options) -> ModelSpec:
     return ModelSpec.preset(options.model) if options.model else ModelSpec.from_config(options.config, options.family)
 
 
-def run_of(options, kind: type = Training) -> Training | Serving:
+def run_of(options, kind: type[R]) -> R:
     targets = options.targets
     if targets and targets != ALL_LINEAR and not set(targets) & set("*+?|()[]{}\\^$"):
         targets = tuple(target.strip() for target in targets.split(","))
-    given = {"target_modules": targets} | {f.name: getattr(options, f.name) for f in fields(Training) + fields(Serving)
+    given = ({"target_modules": targets} if targets else {}) | {f.name: getattr(options, f.name) for f in fields(Training) + fields(Serving)
                                            if hasattr(options, f.name)}
     if stray := [name for name in given if name not in kind.__dataclass_fields__]:
         raise ValueError(f"--{stray[0].replace('_', '-')} goes " + ("with --serve" if kind is Training else
                          "with training, not with --serve"))
-    return kind(**given)
+    stack = given.pop("stack", DEFAULT_STACK if kind is Training else "minilora")
+    return Training.of_stack(stack, **given) if kind is Training else kind(stack=stack, **given)

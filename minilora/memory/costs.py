@@ -11,6 +11,12 @@ def four_bit_bytes(count: int, double: bool) -> int:
     return blocks * 32 + (blocks + -(-blocks // 256) * 4 + 4 if double else blocks * 4)
 
 
+def gptq_bytes(out: int, inp: int, group: int, zeros: bool = False) -> int:
+    """A weight as GPTQ stores it; with `zeros` its zero points alone."""
+    groups = -(-inp // (group or inp))
+    return groups * out // 2 if zeros else out * inp // 2 + groups * out // 2 + 2 * groups * out + 4 * inp
+
+
 def weight_bytes(spec: ModelSpec, run: Run) -> tuple[int, int]:
     """The model's weights as stored, without adapters: of a layer, and of what stands outside the layers."""
     width = WIDTH[run.outer_dtype]
@@ -18,7 +24,10 @@ def weight_bytes(spec: ModelSpec, run: Run) -> tuple[int, int]:
     if run.method != "qlora":
         return spec.layer_parameters * width, spec.outer_parameters * width
     biases, norms = sum(m.out * m.bias for m in matrices), spec.layout.norms * spec.norm_parameters
-    four_bit = sum(four_bit_bytes(m.out * m.inp, run.double_quant) for m in matrices)
+    if run.quantisation == "gptq":
+        four_bit = sum(gptq_bytes(m.out, m.inp, run.group) for m in matrices)
+    else:
+        four_bit = sum(four_bit_bytes(m.out * m.inp, run.double_quant) for m in matrices)
     return four_bit + biases * WIDTH[run.dtype] + norms * width, spec.outer_parameters * width
 
 
@@ -29,9 +38,23 @@ def visitors(spec: ModelSpec, run: Training) -> list[tuple[str, int]]:
     adapters = sum(4 * run.rank * (m.inp + m.out) for m in run.targets(spec))
     if run.streamed:
         return [("a layer", layer), ("the next layer, or the head", max(layer, head_bytes(spec, run)))]
+    if run.zero == 3 and run.software.fsdp1:
+        return [("what is no layer", outer)]
     if run.zero == 3 and run.cards > 1:
         return [("a layer", layer + adapters), ("the next layer", layer + adapters), ("what is no layer", outer)]
     return []
+
+
+def gathered_layer(spec: ModelSpec, run: Training) -> int:
+    """What torch's first FSDP gathers of a layer: its parameters, adapters in their dtype; of a 4-bit base the codes
+    alone, as the rest of it are no parameters."""
+    adapters = sum(WIDTH[run.adapter_dtype] * run.rank * (m.inp + m.out) for m in run.targets(spec))
+    norms, matrices = spec.layout.norms * spec.norm_parameters, sum(m.out * m.inp for m in spec.linears())
+    if run.method != "qlora":
+        return spec.layer_parameters * WIDTH[run.dtype] + adapters
+    zeros = sum(gptq_bytes(m.out, m.inp, run.group, zeros=True) for m in spec.linears()
+                if run.quantisation == "gptq")
+    return matrices // 2 + zeros + norms * WIDTH[run.norm_dtype] + adapters
 
 
 def head_bytes(spec: ModelSpec, run: Run) -> int:

@@ -138,6 +138,32 @@ def judge(bill: Bill, card: Card | str) -> Verdict:
     return Verdict(card, need(bill), card.usable, *seconds)
 
 
+# settings that are often other than they are taken to be, and what else they may be
+OFTEN_OTHERWISE: dict[str, Callable[[Training], dict]] = {
+    "without checkpointing": lambda r: {"checkpointing": False} if r.checkpointing else {},
+    "with checkpointing": lambda r: {"checkpointing": True} if not r.checkpointing else {},
+    "with the loss of all logits at once": lambda r: {"loss": "whole"} if r.loss != "whole" else {},
+    "with the loss in chunks": lambda r: {"loss": "chunked"} if r.loss == "whole" and r.software.peft else {},
+    "with eager attention": lambda r: {"attention": "eager"} if r.attention != "eager" and r.software.peft else {},
+    "without autocast": lambda r: {"autocast": False} if r.autocast else {},
+    "with autocast": lambda r: {"autocast": True} if not r.autocast else {},
+    "with embedding, norms and head in fp32 (prepare_model_for_kbit_training)":
+        lambda r: {"upcast": "all"} if r.upcasts and r.upcast != "all" else {},
+    "with nothing made fp32": lambda r: {"upcast": "none"} if r.upcasts and r.upcast != "none" else {},
+}
+
+
+def turning_points(bill: Bill, card: Card | str) -> list[str]:
+    """The settings that by themselves change the verdict, and to what."""
+    now, found = judge(bill, card).answer, []
+    for what, change in OFTEN_OTHERWISE.items():
+        if changed := change(bill.run):
+            then = judge(priced(bill.spec, replace(bill.run, **changed)), card)
+            if then.answer != now:
+                found.append(f"{what}: {then.answer} ({bytes_text(then.need[0])} to {bytes_text(then.need[1])})")
+    return ["what would change that: " + "; ".join(found)] if found else []
+
+
 def need(bill: Bill) -> tuple[int, int]:
     """The least and the most that tensors, their allocator and the kernels may ask for."""
     return bill.peak, int(bill.peak * FRAGMENTATION) + WORKSPACE + scratch(bill)
@@ -147,6 +173,8 @@ def scratch(bill: Bill) -> int:
     """What the backward of flash attention takes and gives back: the gradient of q in fp32, and with grouped heads
     those of k and v for every query head."""
     run, spec = bill.run, bill.spec
+    if run.attention == "flash":
+        return 0  # it is in the bill
     elements = run.batch * run.seq * spec.heads * spec.head_dim
     return elements * (4 + 2 * WIDTH["bfloat16"] * (spec.heads != spec.kv_heads))
 
@@ -195,7 +223,9 @@ def ranked_changes(spec: ModelSpec, run: Training, answer: Callable[[Training], 
     return tuple(sorted(tried.values(), key=lambda c: -c.saves))
 
 
-STREAMED = {"base": "host", "checkpointing": True, "cards": 1, "zero": 0}
+OURS = {"stack": "minilora", "attention": "fused", "loss": "whole", "kernels": "torch", "adapter_dtype": "float32",
+        "upcast": "all"}
+STREAMED = OURS | {"base": "host", "checkpointing": True, "cards": 1, "zero": 0}
 CHANGES: dict[str, Callable[[Training], dict]] = {
     "train adapters, not every weight (lora)": lambda r: {"method": "lora"} if r.method == "full" else {},
     "keep the base in 4 bits (qlora)": lambda r: {"method": "qlora"},
@@ -210,7 +240,8 @@ CHANGES: dict[str, Callable[[Training], dict]] = {
     "plain SGD": lambda r: {"optimizer": "sgd"},
     "weights in 16 bits": lambda r: {"dtype": "bfloat16", "autocast": False} if r.dtype == "float32" else {},
     "fused attention": lambda r: {"attention": "fused"},
-    "our decoder and adapters": lambda r: {"implementation": "minilora", "attention": "fused"},
+    "the loss in chunks": lambda r: {"loss": "chunked"} if r.loss == "whole" else {},
+    "our decoder and adapters": lambda r: OURS if r.stack != "minilora" else {},
     "share it all out over 2 cards (ZeRO-3)": lambda r: {"cards": 2 * r.cards, "zero": 3},
     "stream the base from the host, layer by layer": lambda r: STREAMED if r.method != "full" else {},
     "stream a 4-bit base from the host": lambda r: STREAMED | {"method": "qlora"} if r.method != "qlora" else {},

@@ -114,14 +114,19 @@ class Ledger:
         leaves: what trains, with its number of rows. layers: the layer of each.
         align: storages are rounded up to a multiple of it, as CUDA's allocator does.
         shares: part -> of how many cards this one keeps its share of the part; 0: it keeps nothing of it.
+        stored: part -> bytes of an element as it is kept, where that is not as it is computed with.
         offload: checkpointed blocks' inputs wait on the host.
+        reentrant: a checkpointed block is one node of the graph, with a backward of its own inside (torch's older
+            checkpoint, ``use_reentrant=True``); else only what its nodes keep is made again.
+        gathering: what fetches a layer's shares from the other cards while it computes (`fsdp.Gathering`), if any does.
     """
 
     def __init__(self, align: int = 512, autocast: bool = False, shares: dict[str, int] | None = None,
-                 offload: bool = False):
+                 offload: bool = False, reentrant: bool = False, stored: dict[str, int] | None = None):
         self.items: list[Item] = []
         self.moments: list[tuple[str, int | None, str]] = [("start", None, "")]
         self.align, self.autocast, self.shares, self.offload = align, autocast, shares or {}, offload
+        self.reentrant, self.stored, self.gathering = reentrant, stored or {}, None
         self.place: tuple[str, int | None] = ("start", None)  # phase and layer
         self.module, self.part, self.order = "", "temporaries", 0
         self.recording = True  # inside a no_grad, or an operator's own code, nothing is recorded
@@ -140,7 +145,7 @@ class Ledger:
             self.moments.append((*self.place, f"{self.module} {what}".strip()))
         part = part or self.part
         share = self.shares.get(part, 1)
-        size = -(-count // share) * width if share else 0
+        size = -(-count // share) * self.stored.get(part, width) if share else 0
         size = -(-size // self.align) * self.align
         item = Item(part, f"{self.module} {what}".strip(), size, len(self.moments) - 1)
         self.items.append(item)
@@ -158,13 +163,22 @@ class Ledger:
             self.layers[t] = self.place[1]
         return t
 
-    def four_bit(self, count: int, name: str, double: bool, levels: bool) -> list[Tensor]:
+    def four_bit(self, count: int, name: str, double: bool, levels: bool, rest: str = "frozen weights") -> list[Tensor]:
         """A weight as `quant.Linear4bit` keeps it: codes, absmax of each block of 64, and their scales and mean; with
-        `levels` as bitsandbytes does: with a table of its own for the codes, and for the codes of absmax."""
+        `levels` as bitsandbytes does: with a table of its own for the codes, and for the codes of absmax. `rest`: the
+        part of all but the codes."""
         blocks = -(-count // 64)
         sizes = [(blocks * 32, 1), (blocks, 1 if double else 4), *[(-(-blocks // 256), 4), (1, 4)] * double]
         sizes += [(16, 4), *[(256, 4)] * double] * levels
-        return [self.state(*size, "frozen weights", f"{name} in 4 bits") for size in sizes]
+        return [self.state(*size, rest if i else "frozen weights", f"{name} in 4 bits") for i, size in enumerate(sizes)]
+
+    def gptq(self, out: int, inp: int, name: str, group: int, rest: str = "frozen weights") -> list[Tensor]:
+        """A weight as GPTQ's `QuantLinear` keeps it: eight codes an int32, a zero point and a 16-bit scale of each
+        group of a column, and the group of each row."""
+        groups = -(-inp // (group or inp))
+        sizes = [(out * inp // 8, 4, "frozen weights"), (groups * out // 8, 4, "frozen weights"),
+                 (groups * out, 2, rest), (inp, 4, rest)]
+        return [self.state(count, width, part, f"{name} in 4 bits") for count, width, part in sizes]
 
     def weight(self, count: int, width: int, name: str, trains: bool, rows: int = 0) -> Tensor:
         return self.state(count, width, "trainable weights" if trains else "frozen weights", name, trains, rows)
@@ -212,11 +226,48 @@ class Ledger:
     def checkpoint(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Run a block, keeping its input alone; backward runs it again (torch's non-reentrant checkpoint)."""
         x.storage.item.part, x.storage.item.name = "activations", "input of a checkpointed layer"
+        if self.reentrant:
+            return self.checkpoint_as_one_node(block, x)
         self.frame = Frame(block, x, self.place)
         y = block(x)
         if self.offload:
             self.frame.leave()
         self.frame = None
+        return y
+
+    def checkpoint_as_one_node(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`CheckpointFunction`: no graph in forward; in backward the whole block runs again, then a backward of its own
+        from its output, during which that output and the gradient that came are held."""
+        layer, gathering = self.place[1], self.gathering
+
+        def backward(saved, grads, needs):
+            before = self.place, self.module, self.casts
+            self.place, self.casts, self.part = ("recompute", layer), {}, "recomputed activations"
+            leaf = as_view(saved[0])
+            leaf.node = Node(float("inf"), ("", None), "input of a block", [], None)
+            leaf.node.leaf = leaf
+            if gathering:
+                gathering.enter(layer)
+            y = block(leaf)
+            self.casts, self.part = {}, "temporaries"
+            if gathering:
+                gathering.leave(layer)
+                gathering.enter(layer)
+            self.run_back(y.node, grads[0])
+            dx, leaf.grad, leaf.node = leaf.grad, None, None
+            if gathering:
+                gathering.after_backward(layer, leaf, dx)
+            self.place, self.module, self.casts = before
+            return [dx]
+
+        node = self.node("checkpoint", [x], [x], backward)
+        if gathering:
+            gathering.enter(layer)
+        with self.unrecorded():
+            y = block(x)
+        if gathering:
+            gathering.leave(layer)
+        y.node = node
         return y
 
     def recompute(self, frame: Frame) -> None:
@@ -236,7 +287,12 @@ class Ledger:
 
     def backward(self, loss: Tensor) -> None:
         """Run the graph from the scalar `loss` back; leaves get their gradients."""
-        waiting, seen, stack = {}, {loss.node}, [loss.node]  # node -> how many gradients are still to come
+        self.place, self.module = ("backward", None), "loss"
+        self.run_back(loss.node, self.new(1, loss.width, "gradient"))
+
+    def run_back(self, first: Node, root: Tensor) -> None:
+        """The engine: from a node and the gradient of what it made."""
+        waiting, seen, stack = {}, {first}, [first]  # node -> how many gradients are still to come
         while stack:
             for edge in stack.pop().edges:
                 if edge:
@@ -245,9 +301,7 @@ class Ledger:
                     if child not in seen:
                         seen.add(child)
                         stack.append(child)
-        self.place, self.module = ("backward", None), "loss"
-        root = self.new(1, loss.width, "gradient")
-        buffers, ready, ties = {loss.node: {0: root}}, [(-loss.node.order, 0, loss.node)], 0
+        buffers, ready, ties = {first: {0: root}}, [(-first.order, 0, first)], 0
         while ready:
             node = heapq.heappop(ready)[2]
             if node.place[0]:
@@ -295,6 +349,9 @@ class Ledger:
     def accumulate(self, node: Node, grad: Tensor) -> None:
         """Make `grad` the leaf's gradient, or add it to the one that is there, in place."""
         if node.leaf.grad is not None:
+            return
+        if node.name == "input of a block" or self.gathering and self.gathering.collects(node.leaf, grad):
+            node.leaf.grad = grad
             return
         if node.copies or self.shares.get("gradients", 1) > 1:
             grad = self.new(grad.count, grad.width, "", part="gradients")

@@ -20,14 +20,17 @@ class OurLinear:
         self.weight = self.codes = self.bias = self.A = self.B = None
         size = linear.out * linear.inp
         if run.method == "qlora":
-            self.codes = ops.four_bit(size, linear.name, run.double_quant, self.levels)
+            rest = "buffers" if run.software.fsdp1 else "frozen weights"  # no parameters, so not shared out
+            self.codes = (ops.gptq(linear.out, linear.inp, linear.name, run.group, rest) if run.quantisation == "gptq"
+                          else ops.four_bit(size, linear.name, run.double_quant, self.levels, rest))
         else:
             self.weight = ops.weight(size, self.width, linear.name, run.method == "full", linear.out)
         if linear.bias:
             self.bias = ops.weight(linear.out, self.width, f"{linear.name} bias", run.method == "full")
         if adapted:
-            self.A = ops.state(run.rank * linear.inp, 4, "adapters", f"{linear.name} lora_A", True, run.rank)
-            self.B = ops.state(run.rank * linear.out, 4, "adapters", f"{linear.name} lora_B", True, linear.out)
+            width = WIDTH[run.adapter_dtype]
+            self.A = ops.state(run.rank * linear.inp, width, "adapters", f"{linear.name} lora_A", True, run.rank)
+            self.B = ops.state(run.rank * linear.out, width, "adapters", f"{linear.name} lora_B", True, linear.out)
             self.B.node.copies = self.transposed
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -155,14 +158,62 @@ class PeftLinear(OurLinear):
 
     def four_bit_base(self, x: Tensor) -> Tensor:
         """bitsandbytes' `Linear4bit` (0.50): x is cast to the compute dtype, the output back to x's."""
+        if self.run.quantisation == "gptq":
+            return super().four_bit_base(x)
         x_width = x.width
         return self.ops.cast(super().four_bit_base(self.ops.cast(x, self.width)), x_width)
 
     def dequantise(self, width: int) -> Tensor:
         """Its kernel makes the dense weight at once."""
         size = self.linear.out * self.linear.inp
+        if self.run.quantisation == "gptq":
+            return self.ops.new(size, 2, "dense weight")
         absmax = self.ops.new(-(-size // 64), 4, "absmax") if self.run.double_quant else None
         return self.ops.new(size, width, "dense weight")
+
+
+def adapted_together(ops: Ops, x: Tensor, linears: list[OurLinear]) -> list[Tensor]:
+    """unsloth's `LoRA_QKV` and `LoRA_W` (kernels/fast_lora.py) on 4-bit bases: one function over adapters that share an
+    input. It keeps the input and, with dropout, what each adapter saw of it."""
+    inp, width = linears[0].linear.inp, x.width
+    rows, adapters = x.count // inp, [t for linear in linears for t in (linear.A, linear.B)]
+    sizes = [(t.count, t.width) for t in adapters]
+    made = [fused_forward(ops, x, linear) for linear in linears]
+
+    def backward(saved, grads, needs):
+        outs = [ops.new(*size, "adapter gradient") for size in sizes]
+        dx = as_view(saved[0]) if len(linears) > 1 else None  # in the place of the input
+        for linear in linears:
+            weight = linear.dequantise(width)
+            part = ops.new(rows * inp, width, "input gradient")
+            dx = part if dx is None else dx
+            del weight, part
+            steps = [ops.new(rows * inp, 1, "where not dropped"), ops.new(rows * inp, width, "through the adapter"),
+                     ops.new(rows * inp, width, "of what was kept")]
+            del steps
+        return [as_view(dx), *outs]
+
+    node = ops.node("adapters", [x, *adapters], [], backward, late=True)
+    ops.keep(node, [x, *adapters, *(seen for _, seen in made)])
+    for slot, (y, _) in enumerate(made):
+        y.node, y.slot = node, slot
+    return [y for y, _ in made]
+
+
+def fused_forward(ops: Ops, x: Tensor, linear: OurLinear) -> tuple[Tensor, Tensor]:
+    """The output, and the input as the adapter saw it."""
+    rows, seen = x.count // linear.linear.inp, x
+    with ops.unrecorded(), ops.inside(linear.linear.name):
+        weight = linear.dequantise(x.width)
+        y = ops.new(rows * linear.linear.out, x.width, "output")
+        del weight
+        if linear.run.dropout:
+            seen, mask = ops.new(x.count, x.width, "x after dropout"), ops.new(x.count, 1, "mask", also=True)
+            del mask
+        inner = ops.new(rows * linear.run.rank, x.width, "x A^T")
+        update = ops.new(rows * linear.linear.out, x.width, "x A^T B^T")
+        del inner, update
+    return y, seen
 
 
 LINEARS: dict[str, type[OurLinear]] = {"minilora": OurLinear, "peft": PeftLinear}

@@ -78,6 +78,7 @@ class Family:
     dropout, dropout_field = 0.0, "hidden_dropout"  # of what goes into the residual stream
     attention_dropout, attention_dropout_field = 0.0, "attention_dropout"
     attention_bias_field = mlp_bias_field = ""  # "": as `biased` says
+    experts = False  # its layers have several MLPs, and a token goes through some of them
 
     def linears(self, spec: "ModelSpec") -> tuple[Linear, ...]:
         """The matrices of one layer, in the order in which the layer uses them."""
@@ -88,6 +89,9 @@ class Family:
                 Linear(self.out, spec.hidden, q, spec.out_bias),
                 *(Linear(name, ups, spec.hidden, spec.mlp_bias) for name in self.up),
                 Linear(self.down, spec.hidden, spec.ffn, spec.mlp_bias))
+
+    def check(self, run: Any) -> None:
+        """Refuse what of this family's step is not priced."""
 
     def read(self, config: Fields) -> dict[str, Any]:
         """A config.json as the sizes of a `ModelSpec`.
@@ -179,6 +183,7 @@ class ModelSpec:
         dropout, attention_dropout: of what is added to the residual stream, and of attention's weights.
         embedding: width of the token embedding; hidden, but in OPT-350M.
         last_norm: whether a norm stands before the head (all but OPT-350M).
+        experts, experts_a_token: MLPs of a layer, and how many of them a token goes through; 0: there is one MLP.
     """
 
     name: str
@@ -201,6 +206,8 @@ class ModelSpec:
     attention_dropout: float = 0.0
     embedding: int = 0
     last_norm: bool = True
+    experts: int = 0
+    experts_a_token: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "embedding", self.embedding or self.hidden)
@@ -288,7 +295,8 @@ class ModelSpec:
         kind = family or config.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(unknown_family(kind, config, name))
-        if experts := next((field for field in EXPERTS if config.get(field)), None):
+        experts = None if FAMILIES[kind].experts else next((field for field in EXPERTS if config.get(field)), None)
+        if experts:
             raise ValueError(f"{name}: {experts} is {config[experts]!r}; layers of several experts are not priced")
         sizes = FAMILIES[kind].read(Fields(config, name, kind, FAMILIES[kind].names))
         return cls(name=str(config.get("_name_or_path") or name), family=kind, **sizes)

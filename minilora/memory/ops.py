@@ -6,6 +6,8 @@ in fp32, autocast's lists. An operator that is missing here is one more method.
 In the shape comments a tensor is (count, width): how many elements, and bytes of each (2: 16 bits, 4: fp32).
 """
 
+from typing import overload
+
 from .ledger import Ledger, Tensor, as_view
 
 
@@ -21,6 +23,11 @@ class Ops(Ledger):
 
     def amp_width(self, x: Tensor) -> int:
         return 2 if self.autocast else x.width
+
+    @overload
+    def amp(self, x: Tensor) -> Tensor: ...
+    @overload
+    def amp(self, x: None) -> None: ...
 
     def amp(self, x: Tensor | None) -> Tensor | None:
         """Autocast's cast down before a matrix product; of trainable weights it is made once a step."""
@@ -102,7 +109,7 @@ class Ops(Ledger):
         inp = w.count // out
         rows = x.count // inp
         given = bias, w, x  # whoever calls a kernel holds what it gives until the result is there
-        bias, w, x = (self.amp(t) for t in given)
+        bias, w, x = self.amp(given[0]), self.amp(given[1]), self.amp(given[2])
         width, biased = x.width, bias is not None
 
         def back(saved, grads, needs):
@@ -186,6 +193,34 @@ class Ops(Ledger):
         self.keep(node, [out, *rest])
         return out
 
+    def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int, seq: int, head_dim: int) -> Tensor:
+        """The package flash-attn (2.7, flash_attn_interface.py and csrc/flash_attn/flash_api.cpp): what torch's own
+        kernel takes and gives back unseen, this one takes from torch's allocator. `heads`: of all rows."""
+        q, k, v = self.amp(q), self.amp(k), self.amp(v)
+        sizes = [(t.count, t.width) for t in (q, k, v)]
+        rows = -(-seq // 128) * 128
+
+        def back(saved, grads, needs):
+            scratch = [self.new(heads * rows, 4, "row sums"), self.new(heads * rows * head_dim, 4, "dq in fp32")]
+            if sizes[0] != sizes[1]:
+                scratch += [self.new(*sizes[0], f"d{name} for every query head") for name in "kv"]
+            return [self.new(*size, f"gradient of {'qkv'[i]}") for i, size in enumerate(sizes)]
+
+        node = self.node("attention", [q, k, v], [q, k, v], back, late=True)
+        out = self.new(q.count, q.width, "output", node=node)
+        rest = [self.new(*size, also=True) for size in ((heads * seq, 4, "log-sum-exp"), (2, 8, "seed"))]
+        self.keep(node, [q, k, v, out, *rest])
+        return out
+
+    def fast_rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """unsloth's kernel: it keeps x as it is, writes its gradient over the one that comes, and gives the weight
+        none."""
+        count, width, size = x.count, x.width, weight.count
+        node = self.node("norm", [x], [], lambda s, g, n: [as_view(g[0])], late=True)
+        y = self.new(count, width, "output", node=node)
+        self.keep(node, [x, weight, self.new(count // size, 4, "1 / rms")])
+        return y
+
     def plain_attention(self, q: Tensor, k: Tensor, v: Tensor, batch: int, seq: int, heads: int, width: int) -> Tensor:
         """torch's fallback, with all scores in memory: for grouped heads in fp32, where CUDA has no fused kernel."""
         out, scores = q.count, batch * heads * seq * seq
@@ -206,7 +241,6 @@ class Ops(Ledger):
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss: log-softmax (kept), then the mean of the targets' entries."""
-        vocab = logits.count // targets.count
         log_p = self.unary(logits, "log-softmax", "output", ("gradient of the logits",))
         if self.autocast:
             log_p = self.cast(log_p, 4)

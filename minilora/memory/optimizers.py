@@ -69,9 +69,32 @@ def adamw_8bit_state(ops: Ops, leaf: Tensor, rows: int) -> list[Tensor]:
             for size in ((leaf.count, 1), (-(-leaf.count // 256), 4))]
 
 
-def make_adamw_8bit(parameters, lr: float):
-    bitsandbytes = require_package("bitsandbytes", "optimizer adamw8bit is that of bitsandbytes")
-    return bitsandbytes.optim.AdamW8bit(parameters, lr)
+def fused_state(ops: Ops, leaf: Tensor, rows: int) -> list[Tensor]:
+    """The kernel's count of steps is on the device too."""
+    return [ops.state(1, 4, "optimizer", "count of steps"), *full_states("adam m", "adam v")(ops, leaf, rows)]
+
+
+PAGED = 100_000  # bitsandbytes' Optimizer2State.get_state_buffer: a smaller state is not paged
+
+
+def paged_adamw_state(ops: Ops, leaf: Tensor, rows: int) -> list[Tensor]:
+    """fp32 in managed memory, which the driver moves to the host when the device is full; a small one is not."""
+    return [ops.state(leaf.count, 4, "optimizer", name) for name in ("adam m", "adam v") if leaf.count < PAGED]
+
+
+def paged_adamw_8bit_state(ops: Ops, leaf: Tensor, rows: int) -> list[Tensor]:
+    """As `adamw_8bit_state`, the bytes paged; the numbers of each block are not."""
+    if leaf.count < PAGED:
+        return adamw_8bit_state(ops, leaf, rows)
+    return [ops.state(-(-leaf.count // 256), 4, "optimizer", name) for name in ("adam m", "adam v")]
+
+
+def from_bitsandbytes(name: str) -> Callable:
+    def make(parameters, lr: float):
+        return getattr(require_package("bitsandbytes", f"optimizer {name} is that of bitsandbytes").optim,
+                       name)(parameters, lr)
+
+    return make
 
 
 # ---------------------------------------------------------------- Adafactor
@@ -137,5 +160,8 @@ OPTIMIZERS = {
     "momentum": Optimizer(full_states("momentum"), in_place, from_torch("SGD", momentum=0.9)),
     "adafactor": Optimizer(adafactor_state, adafactor, from_torch("Adafactor")),
     "lion": Optimizer(full_states("momentum"), lion, make_lion),
-    "adamw8bit": Optimizer(adamw_8bit_state, in_place, make_adamw_8bit),
+    "adamw_fused": Optimizer(fused_state, in_place, from_torch("AdamW", fused=True)),
+    "adamw8bit": Optimizer(adamw_8bit_state, in_place, from_bitsandbytes("AdamW8bit")),
+    "paged_adamw": Optimizer(paged_adamw_state, in_place, from_bitsandbytes("PagedAdamW32bit")),
+    "paged_adamw8bit": Optimizer(paged_adamw_8bit_state, in_place, from_bitsandbytes("PagedAdamW8bit")),
 }

@@ -1,7 +1,8 @@
 """What is asked: a training step (`Training`) or the answer to prompts (`Serving`), checked when it is made."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
+from typing import ClassVar
 
 from ..config import is_number
 from .config_file import suggest
@@ -11,12 +12,17 @@ from .optimizers import OPTIMIZERS
 from .stacks import STACKS, Stack
 
 METHODS = ("full", "lora", "qlora")
-ATTENTION = ("fused", "eager")
+ATTENTION = ("fused", "flash", "eager")
 BASES = ("device", "host", "disk")
+LOSSES = ("whole", "chunked", "fused")
+UPCASTS = ("all", "norms", "none")
+KERNELS = ("torch", "unsloth")
+QUANTISATIONS = ("nf4", "gptq")
 # what the fields may be, by their names
-KNOWN = {"method": METHODS, "optimizer": OPTIMIZERS, "dtype": WIDTH, "implementation": STACKS, "attention": ATTENTION,
-         "base": BASES, "zero": (0, 1, 2, 3)}
-LEAST = {"rank": 1, "batch": 1, "seq": 1, "accumulation": 1, "cards": 1, "prompt": 1, "new": 0, "adapters": 0}
+KNOWN = {"method": METHODS, "optimizer": OPTIMIZERS, "dtype": WIDTH, "stack": STACKS, "attention": ATTENTION,
+         "base": BASES, "zero": (0, 1, 2, 3), "loss": LOSSES, "upcast": UPCASTS, "kernels": KERNELS,
+         "adapter_dtype": WIDTH, "quantisation": QUANTISATIONS}
+LEAST = {"rank": 1, "group": 0, "batch": 1, "seq": 1, "accumulation": 1, "cards": 1, "prompt": 1, "new": 0, "adapters": 0}
 
 
 class Run:
@@ -25,6 +31,7 @@ class Run:
     What only a training step has is here as a run without it has it.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field]]
     method: str
     rank: int
     target_modules: str | tuple[str, ...] | None
@@ -33,9 +40,13 @@ class Run:
     tokens: int  # that a row may come to have
     dtype: str
     double_quant: bool
-    implementation: str
+    stack: str
     attention: str
     autocast: bool = False
+    loss: str = "whole"
+    upcast: str = "all"
+    kernels: str = "torch"
+    adapter_dtype: str = "float32"
     checkpointing: bool = False
     dropout: float = 0.0
     accumulation: int = 1
@@ -56,15 +67,17 @@ class Run:
                 raise ValueError(f"{field.name} must be True or False, got {value!r}")
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuse what this model cannot do."""
+        """Refuse what this model cannot do, and what of it is not priced."""
+        spec.layout.check(self)
         if spec.context and self.tokens > spec.context:
             raise ValueError(f"{self.tokens} tokens are more than the context of {spec.name}, {spec.context}")
         for m in self.targets(spec):
             if self.rank > min(m.out, m.inp):
                 raise ValueError(f"rank {self.rank} is larger than {m.name} allows: its weight is {m.out} x {m.inp}, "
                                  f"so at most {min(m.out, m.inp)}")
-        if self.attention == "eager" and self.own_decoder(spec):
-            raise ValueError("our decoder has fused attention alone; eager attention is of implementation transformers")
+        if self.attention != "fused" and self.own_decoder(spec):
+            raise ValueError(f"our decoder has fused attention alone; {self.attention} attention is of the other stacks, "
+                             "such as stack transformers")
 
     def targets(self, spec: ModelSpec) -> tuple[Linear, ...]:
         """The matrices of a layer that have an adapter."""
@@ -72,11 +85,12 @@ class Run:
 
     def own_decoder(self, spec: ModelSpec) -> bool:
         """Whether our decoder runs, not transformers'."""
-        return self.stack.own_decoder and spec.layout.own_decoder is not None
+        return self.software.own_decoder and spec.layout.own_decoder is not None
 
     @property
-    def stack(self) -> Stack:
-        return STACKS[self.implementation]
+    def software(self) -> Stack:
+        """What the stack's code decides."""
+        return STACKS[self.stack]
 
     @property
     def streamed(self) -> bool:
@@ -85,8 +99,17 @@ class Run:
 
     @property
     def outer_dtype(self) -> str:
-        """Of what is no matrix of a layer."""
-        return "float32" if self.method == "qlora" and self.stack.kbit_fp32 else self.dtype
+        """Of what is no matrix of a layer, and no norm."""
+        return "float32" if self.upcasts and self.upcast == "all" else self.dtype
+
+    @property
+    def norm_dtype(self) -> str:
+        return "float32" if self.upcasts and self.upcast != "none" else self.dtype
+
+    @property
+    def upcasts(self) -> bool:
+        """Whether PEFT prepares the base for training in 4 bits."""
+        return self.method == "qlora" and self.software.peft and self.quantisation == "nf4"
 
 
 @dataclass(frozen=True)
@@ -98,14 +121,24 @@ class Training(Run):
         rank, target_modules, dropout: LoRA's, as in `LoRAConfig`; targets None: what PEFT adapts in this family.
         batch, seq: rows of one forward, and tokens in each.
         accumulation: forwards whose gradients are summed before the optimizer's step.
-        optimizer: "adamw", "sgd", "momentum", "adafactor", "lion", or "adamw8bit" (bitsandbytes).
-        dtype: of the weights ("bfloat16", "float16", "float32"). Adapters are fp32, as ours and PEFT's are.
+        optimizer: "adamw" (torch's foreach), "adamw_fused", "sgd", "momentum", "adafactor", "lion", or bitsandbytes'
+            "adamw8bit", "paged_adamw" and "paged_adamw8bit", whose states may leave the device: they are not on it here.
+        dtype: of the weights ("bfloat16", "float16", "float32").
+        adapter_dtype: of PEFT's adapters; ours are fp32.
         autocast: run the forward under 16-bit autocast (mixed precision: with fp32 weights).
         checkpointing: recompute each layer in backward instead of keeping its activations.
-        double_quant: qlora's blocks' absmax in 8 bits too (QLoRA, section 3).
-        implementation: "minilora" (our decoder, or where we have none transformers', with our adapters), or
-            "transformers" (with PEFT's adapters; a 4-bit base by bitsandbytes).
-        attention: "fused", or "eager" with transformers: all scores in memory. Gemma-2 and BLOOM have only that.
+        quantisation: of qlora's base: "nf4" (ours, or bitsandbytes'), or "gptq" (4 bits; PEFT's stacks).
+        double_quant: NF4's blocks' absmax in 8 bits too (QLoRA, section 3). group: weights of a column that share a
+            scale in GPTQ, 0: all.
+        stack: whose code runs, a name in `stacks.STACKS`: "minilora" (our decoder, or where we have none transformers',
+            with our adapters), or "transformers", "trl", "unsloth" (transformers' decoder, PEFT's adapters, a 4-bit base
+            by bitsandbytes). `of_stack` sets the rest as the stack's release does.
+        loss: "whole" (all logits in fp32), "chunked" (TRL's: by tiles; ours: 512 tokens at a time), "fused" (Liger's).
+        upcast: what is fp32 on a 4-bit base of PEFT's: "all" that is no matrix of a layer, as
+            `prepare_model_for_kbit_training` makes it; "norms" alone, as trl 0.13 left it; "none".
+        kernels: "torch", or "unsloth": its norm, rotary positions and loss, and on a 4-bit base its adapters.
+        attention: "fused" (torch's own), "flash" (the package flash-attn, whose scratch is in torch's allocator), or
+            "eager": all scores in memory. Gemma-2 and BLOOM have only that.
         cards: on how many the step runs, each with a batch of its own; the bill is of one card.
         zero: what they share out: 0 nothing (DistributedDataParallel), 1 optimizer states, 2 gradients too, 3 weights
             too (ZeRO, 1910.02054; FSDP is stage 3).
@@ -128,8 +161,14 @@ class Training(Run):
     autocast: bool = False
     checkpointing: bool = False
     dropout: float = 0.0
+    quantisation: str = "nf4"
     double_quant: bool = True
-    implementation: str = "minilora"
+    group: int = 128
+    stack: str = "minilora"
+    loss: str = "whole"
+    adapter_dtype: str = "float32"
+    upcast: str = "all"
+    kernels: str = "torch"
     attention: str = "fused"
     cards: int = 1
     zero: int = 0
@@ -147,6 +186,44 @@ class Training(Run):
                              "or qlora), checkpointing, and one card")
         if self.offload and not self.streamed:
             raise ValueError("offload is of a streamed run: say base host or disk too")
+        if not self.software.peft:
+            for name, only in (("adapter_dtype", "float32"), ("kernels", "torch"), ("upcast", "all"),
+                               ("quantisation", "nf4")):
+                if getattr(self, name) != only:
+                    raise ValueError(f"{name} {getattr(self, name)} is of stacks with PEFT's adapters, such as trl; "
+                                     f"stack is {self.stack}")
+            if self.loss == "fused":
+                raise ValueError(f"loss fused is Liger's, for transformers' decoders; stack is {self.stack}")
+
+    @classmethod
+    def of_stack(cls, stack: str, **given) -> "Training":
+        """A step as this stack's current release runs it, but for what is given."""
+        if stack not in STACKS:
+            raise ValueError(f"no stack {stack!r}; {suggest(str(stack), STACKS)}")
+        software = STACKS[stack]
+        return cls(**(software.defaults | (software.qlora if given.get("method") == "qlora" else {})
+                      | {"stack": stack} | given))
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """Part -> bytes of an element as it is kept: under mixed precision FSDP keeps what trains in fp32."""
+        parts = ("trainable weights", "optimizer", "gradients", "optimizer temporaries")
+        return dict.fromkeys(parts, 4) if self.software.fsdp1 and self.zero == 3 and self.autocast else {}
+
+    def assumptions(self) -> str:
+        """One line: the stack, its versions, and what it is taken to do."""
+        says = [f"stack {self.stack} ({self.software.versions}): {self.dtype} weights",
+                "autocast" if self.autocast else "no autocast"]
+        if self.method != "full" and self.software.peft:
+            says.append(f"{self.adapter_dtype} adapters")
+        elif self.method != "full":
+            says.append("float32 adapters")
+        if self.upcasts:
+            says.append({"all": "embedding, norms and head in fp32", "norms": "norms in fp32",
+                         "none": "nothing upcast"}[self.upcast])
+        says += [f"loss {'in chunks' if self.loss == 'chunked' else self.loss}", f"optimizer {self.optimizer}",
+                 f"{self.attention} attention", "checkpointing" if self.checkpointing else "no checkpointing"]
+        return ", ".join(says + [f"{self.kernels} kernels"] * (self.kernels != "torch"))
 
     @property
     def tokens(self) -> int:
@@ -157,6 +234,8 @@ class Training(Run):
         """Part -> of how many cards each keeps a share. Gradients that accumulate are whole until exchanged."""
         if self.streamed:
             return {"frozen weights": 0}
+        if self.software.fsdp1 and self.kernels == "unsloth" and self.method == "qlora":
+            return {"frozen weights": self.cards}  # adapters stay whole (fms-acceleration: `ignored_modules`)
         sharded = (("optimizer", "optimizer temporaries"), ("gradients",) if self.accumulation == 1 else (),
                    ("frozen weights", "trainable weights", "adapters"))[:self.zero]
         return {part: self.cards for stage in sharded for part in stage}
@@ -173,7 +252,7 @@ class Serving(Run):
         batch, prompt, new: rows, tokens in each prompt, and tokens to come: the cache has room for all.
         adapters: how many are resident, each of `rank` on `target_modules`; 0: the base alone.
         four_bit: the base's linears are NF4.
-        dtype, double_quant, implementation, attention: as in `Training`.
+        dtype, double_quant, stack, attention: as in `Training`.
     """
 
     batch: int = 1
@@ -185,8 +264,12 @@ class Serving(Run):
     four_bit: bool = False
     dtype: str = "bfloat16"
     double_quant: bool = True
-    implementation: str = "minilora"
+    stack: str = "minilora"
     attention: str = "fused"
+
+    def assumptions(self) -> str:
+        """One line: the stack, its versions, and what it is taken to do."""
+        return f"stack {self.stack} ({self.software.versions}): {self.dtype} weights, {self.attention} attention"
 
     @property
     def method(self) -> str:

@@ -1,7 +1,8 @@
 """One training step on the ledger: the model, its optimizer's state, forward, backward, the optimizer's step."""
 
-from .costs import visitors
+from .costs import gathered_layer, visitors
 from .decoders.decoder import Decoder
+from .fsdp import Gathering
 from .ledger import Tensor
 from .models import ModelSpec
 from .ops import Ops
@@ -11,7 +12,9 @@ from .run import Run, Serving, Training
 
 def simulate_step(spec: ModelSpec, run: Training, layers: int) -> Ops:
     """A step of `layers` layers, from the second on: the optimizer has its state."""
-    ops = Ops(autocast=run.autocast, shares=run.shares, offload=run.offload)
+    software = run.software
+    ops = Ops(autocast=run.autocast, shares=run.shares, offload=run.offload or software.offloads and run.checkpointing,
+              reentrant=software.reentrant, stored=run.stored)
     model, optimizer = decoder(ops, spec, run, layers), OPTIMIZERS[run.optimizer]
     model.targets = ops.state(run.batch * run.seq, 8, "inputs", "targets")
     state = [t for leaf, rows in ops.leaves for t in optimizer.state(ops, leaf, rows)]
@@ -20,9 +23,13 @@ def simulate_step(spec: ModelSpec, run: Training, layers: int) -> Ops:
     for _ in range(min(run.accumulation, 2)):  # from the second on gradients are there before the forward
         ops.place, ops.module = ("forward", None), ""
         guests = [ops.new(size, 1, name, also=True, part="visiting weights") for name, size in visitors(spec, run)]
+        if software.fsdp1 and run.zero == 3:
+            ops.gathering = Gathering(ops, gathered_layer(spec, run), flat=run.method == "full")
         loss = model.loss()
         ops.casts.clear()
         ops.backward(loss)
+        if ops.gathering:
+            ops.gathering.finish()
         del guests
     ops.place, ops.module, ops.part = ("optimizer", None), run.optimizer, "optimizer temporaries"
     optimizer.update(ops, ops.leaves)
@@ -45,5 +52,5 @@ def simulate_prefill(spec: ModelSpec, run: Serving, layers: int) -> Ops:
 def decoder(ops: Ops, spec: ModelSpec, run: Run, layers: int) -> Decoder:
     """Ours or transformers', as the run's stack has it."""
     family = spec.layout
-    kind = family.own_decoder if run.own_decoder(spec) else family.decoder
-    return kind(ops, spec, run, layers)
+    own = family.own_decoder if run.own_decoder(spec) else None
+    return (own or family.decoder)(ops, spec, run, layers)

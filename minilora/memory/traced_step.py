@@ -14,8 +14,8 @@ from ..config import ALL_LINEAR, LoRAConfig
 from ..injection import inject
 from ..bases import dense_weight, kind_of
 from ..llama import Llama, LlamaConfig
+from ..losses import masked_cross_entropy
 from ..quant import quantise_model  # here, not on fake tensors: its levels are computed when it is imported
-from ..train import masked_cross_entropy
 from .optimizers import OPTIMIZERS
 from .packages import require_package
 from .run import METHODS
@@ -38,7 +38,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
         rank, target_modules, dropout: LoRA's, as in `LoRAConfig`.
         batch, seq: rows, and tokens in each.
         optimizer: a name in `optimizers.OPTIMIZERS`.
-        dtype: of the weights; adapters are fp32, which is the default of both implementations.
+        dtype: of the weights; adapters are fp32, which is the default of both stacks.
         autocast: run the forward under bf16 autocast (mixed precision: with fp32 weights).
         checkpointing: recompute each layer in backward.
         device: where a step that really runs has its tensors; fake ones are the CPU's, whatever they follow.
@@ -62,7 +62,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
     with torch.device(device):
         model, loss_of = make(config, lora, DTYPES[dtype], checkpointing, method == "qlora")
         ids, targets = (torch.randint(config.vocab_size, (batch, seq)) for _ in range(2))  # (B, T)
-    opt = OPTIMIZERS[optimizer].make([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
+    opt = OPTIMIZERS[optimizer].make([p for p in model.train().parameters() if p.requires_grad], 1e-3)
 
     def step() -> None:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):

@@ -103,7 +103,7 @@ def answer(peer, *question) -> float:
 if __name__ == "__main__":
     rows, records = [], []
     for name, options in RUNS:
-        spec, run = ModelSpec.preset(name), Training(implementation="transformers", **options)
+        spec, run = ModelSpec.preset(name), Training(stack="transformers", **options)
         config = transformers_config(spec)
         config.dtype = getattr(torch, run.dtype)
         truth, model = traced(spec, run, config), on_meta(config)

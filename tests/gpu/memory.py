@@ -85,7 +85,7 @@ class Cell:
     def bill(self):
         return estimate(self.shape, Training(
             self.method, 16, self.target_modules, self.batch, self.seq, dtype=self.dtype, autocast=self.autocast,
-            checkpointing=self.checkpointing, implementation="minilora" if self.model == "ours" else "transformers"))
+            checkpointing=self.checkpointing, stack="minilora" if self.model == "ours" else "transformers"))
 
     def need_packages(self) -> None:
         for package in ("transformers", "peft", "bitsandbytes")[:(self.model != "ours") * (2 + (self.method == "qlora"))]:

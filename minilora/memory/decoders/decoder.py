@@ -24,7 +24,7 @@ class Decoder:
 
     def __init__(self, ops: Ops, spec: ModelSpec, run: Run, layers: int):
         self.ops, self.spec, self.run = ops, spec, run
-        linear, adapted = LINEARS[run.stack.linear], run.targets(spec)
+        linear, adapted = LINEARS[run.software.linear], run.targets(spec)
         self.cache: list[Tensor] | None = None  # of keys and values, when serving
         self.embedding = self.weight(spec.vocab * spec.embedding, "embed_tokens", spec.vocab)
         if spec.positions:
@@ -67,8 +67,11 @@ class Decoder:
         return self.ops.weight(count, WIDTH[self.run.outer_dtype], name, self.run.method == "full", rows)
 
     def norm_weight(self) -> tuple[Tensor, ...]:
-        """Weight, and LayerNorm's bias."""
-        return tuple(self.weight(self.spec.hidden, "norm") for _ in range(1 if self.spec.layout.rms else 2))
+        """Weight, and LayerNorm's bias. unsloth's kernel for RMSNorm gives the weight no gradient, so it stays."""
+        rms, run = self.spec.layout.rms, self.run
+        trains = run.method == "full" and not (rms and run.kernels == "unsloth")
+        return tuple(self.ops.weight(self.spec.hidden, WIDTH[run.norm_dtype], "norm", trains)
+                     for _ in range(1 if rms else 2))
 
     def decode(self) -> Tensor:
         """What the head sees, N C."""
@@ -88,7 +91,14 @@ class Decoder:
 
     def loss(self) -> Tensor:
         """The whole forward: the scalar from which backward starts."""
-        return self.chunked_loss(self.decode()) if self.run.streamed else self.whole_loss()
+        if self.run.streamed:
+            return self.chunked_loss(self.decode())
+        return {"whole": self.whole_loss, "chunked": lambda: self.chunked_loss(self.decode()),
+                "fused": self.fused_loss}[self.run.loss]()
+
+    def fused_loss(self) -> Tensor:
+        """The forward and the loss, fused with the head."""
+        raise NotImplementedError
 
     def head_of(self, y: Tensor) -> Tensor:
         """Logits, N V."""
@@ -132,6 +142,9 @@ class Decoder:
         """`scaled_dot_product_attention`, causal: the kernel that CUDA chooses."""
         ops, spec, run = self.ops, self.spec, self.run
         rows, grouped = run.batch * spec.heads, spec.heads != spec.kv_heads
+        if run.attention == "flash":
+            q, k, v = (ops.cast(t, 2) for t in (q, k, v))
+            return ops.flash_attention(q, k, v, rows, run.seq, spec.head_dim)
         if min(ops.amp_width(t) for t in (q, k, v)) == 2 and spec.head_dim <= 256:
             if not spec.head_dim % 8:
                 return ops.fused_attention(q, k, v, rows * run.seq)

@@ -4,14 +4,15 @@ Sources: transformers 5, ``models/*/modeling_*.py`` and ``loss/loss_utils.py``.
 Left out: position numbers and rotary frequencies, a few bytes a token.
 """
 
+from .. import losses
 from ..activations import ACTIVATIONS
 from ..ledger import Tensor
 from ..linears import OurLinear
-from .decoder import Decoder, Layer
+from .decoder import Decoder
 
-# steps of one operator each, as `Ops.unary` takes them
-SCALED = (("scaled scores",),)
-SOFTCAP = (("divided by the cap",), ("tanh", "output"), ("times the cap",))  # cap * tanh(x / cap)
+Step = tuple[str] | tuple[str, str]  # an operator as `Ops.unary` takes it: its name, and what it keeps
+SCALED: tuple[Step, ...] = (("scaled scores",),)
+SOFTCAP: tuple[Step, ...] = (("divided by the cap",), ("tanh", "output"), ("times the cap",))  # cap * tanh(x / cap)
 Matrices = dict[str, OurLinear]
 
 
@@ -25,21 +26,40 @@ class HuggingFaceDecoder(Decoder):
 
     always_eager = False
     masks = 1
-    score_steps: tuple[tuple[str, ...], ...] = SCALED
-    logit_steps: tuple[tuple[str, ...], ...] = ()
+    score_steps: tuple[Step, ...] = SCALED
+    logit_steps: tuple[Step, ...] = ()
 
     @property
     def eager(self) -> bool:
         return self.run.attention == "eager" or self.always_eager
 
     def whole_loss(self) -> Tensor:
-        ops, run = self.ops, self.run
+        ops, run, software = self.ops, self.run, self.run.software
         y = self.decode()  # held by the model's output until the loss is there
         logits = self.head_of(y)
         with ops.inside("loss"):
+            if software.shift == "logits":
+                logits = logits if software.keeps_logits else ops.cast(logits, 4)
+                return losses.of_shifted_logits(ops, ops.cast(logits, 4), run.batch, run.seq, self.spec.vocab,
+                                                run.kernels == "unsloth")
             wide = ops.cast(logits, 4)
             padded = ops.new(run.batch * (run.seq + 1), 8, "padded labels")
             return ops.cross_entropy(wide, ops.new(run.batch * run.seq, 8, "shifted labels"))
+
+    def chunked_loss(self, y: Tensor) -> Tensor:
+        """TRL's; a streamed run has ours."""
+        if self.run.streamed:
+            return super().chunked_loss(y)
+        with self.ops.inside("loss"):
+            labels = Tensor(self.run.batch * (self.run.seq - 1), 8, self.targets.storage)
+            return losses.chunked(self.ops, self.project(y, out=True), self.head, labels, self.spec.vocab)
+
+    def fused_loss(self) -> Tensor:
+        run = self.run
+        y = self.project(self.decode(), out=True)
+        with self.ops.inside("loss"):
+            return losses.fused(self.ops, y, self.head, run.batch * (run.seq - 1), self.spec.vocab,
+                                old=run.software.shift == "logits")
 
     def head_of(self, y: Tensor) -> Tensor:
         logits = super().head_of(self.project(y, out=True))
@@ -54,7 +74,7 @@ class HuggingFaceDecoder(Decoder):
         ops, spec, run = self.ops, self.spec, self.run
         with ops.inside("embed_tokens"):
             x = self.scaled(ops.embedding(self.ids, self.embedding, spec.embedding))  # N C
-            if run.checkpointing and run.method != "full" and run.stack.input_gradients:
+            if run.checkpointing and run.method != "full" and run.software.peft:
                 ops.require_grad(x)  # `enable_input_require_grads`, which PEFT asks for
             x = self.project(x)
         return self.positioned(x)
@@ -104,7 +124,11 @@ class HuggingFaceDecoder(Decoder):
             y, weights = (self.eager_attention(q, k, v, tables[-1]) if self.eager
                           else (self.fused_attention(q, k, v), None))
         y = self.joined(y)
-        return self.finish(m[self.spec.layout.out](y), residual), weights
+        return self.finish(self.attended(y, m), residual), weights
+
+    def attended(self, y: Tensor, m: Matrices) -> Tensor:
+        """The heads' output through the attention's last matrix."""
+        return m[self.spec.layout.out](y)
 
     def queries_keys_values(self, x: Tensor, m: Matrices) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError

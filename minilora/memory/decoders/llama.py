@@ -1,6 +1,7 @@
 """Llama (2302.13971): RMSNorm, rotary positions, grouped heads, a gated MLP. Other families build on it."""
 
-from ..ledger import Tensor
+from ..ledger import Tensor, as_view
+from ..linears import adapted_together
 from ..models import Family, ModelSpec, register
 from ..ops import Ops
 from ..run import Run
@@ -38,6 +39,8 @@ class LlamaDecoder(HuggingFaceDecoder):
     def norm(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         ops = self.ops
         with ops.inside("norm"):
+            if self.run.kernels == "unsloth":
+                return ops.fast_rms_norm(x, weights[0])
             wide = ops.cast(x, 4)
             mean = self.mean_square(wide)
             wide = ops.mul(wide, ops.unary(ops.unary(mean, *PLUS_EPS), *INVERSE_ROOT))
@@ -45,21 +48,36 @@ class LlamaDecoder(HuggingFaceDecoder):
 
     def queries_keys_values(self, x: Tensor, m: Matrices) -> tuple[Tensor, Tensor, Tensor]:
         ops, names = self.ops, self.spec.layout.qkv
-        q = ops.view(m[names[0]](x), copy_back=True)
-        k, v = (ops.view(m[name](x), copy_back=name == names[1]) for name in names[1:])
+        if self.fused_adapters(m):
+            q, k, v = (ops.view(t) for t in adapted_together(ops, x, [m[name] for name in names]))
+            return q, k, v
+        torch = self.run.attention != "flash"  # whose gradients are of the heads before the tokens
+        q = ops.view(m[names[0]](x), copy_back=torch)
+        k, v = (ops.view(m[name](x), copy_back=torch and name == names[1]) for name in names[1:])
         return q, k, v
+
+    def fused_adapters(self, m: Matrices) -> bool:
+        """unsloth's functions over q, k and v, and over the attention's output, want adapters on all of 4-bit bases."""
+        names = (*self.spec.layout.qkv, self.spec.layout.out)
+        return self.run.kernels == "unsloth" and self.run.method == "qlora" and all(m[n].A for n in names)
 
     def turned(self, q: Tensor, k: Tensor, tables: list[Tensor]) -> tuple[Tensor, Tensor]:
         return self.rotate(q, *tables[:2]), self.rotate(k, *tables[:2])
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ops, half = self.ops, x.count // 2
+        if self.run.kernels == "unsloth":  # in place, and so in backward
+            return Tensor(x.count, x.width, x.storage, ops.node("rotary", [x], [], lambda s, g, n: [as_view(g[0])]))
 
         def turned(x: Tensor) -> Tensor:
             left, right = ops.slice(x, half), ops.slice(x, half)
             return ops.cat(ops.unary(right, "negated half"), left)
 
         return ops.add(ops.mul(x, cos), ops.mul(turned(x), sin))
+
+    def attended(self, y: Tensor, m: Matrices) -> Tensor:
+        out = m[self.spec.layout.out]
+        return adapted_together(self.ops, y, [out])[0] if self.fused_adapters(m) else out(y)
 
     def mlp(self, x: Tensor, m: Matrices, residual: Tensor | None = None) -> Tensor:
         """Down, of the activated gate times up."""
