@@ -8,11 +8,10 @@ import ctypes
 import hashlib
 import json
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +24,12 @@ from .config import LoRAConfig, variants
 from .distributed import full_tensor, is_main_process
 from .injection import adapter_layers, inject, remove
 from .layers import AdapterLayer, LoRALayer
-from .naming import plain_modules, plain_parameters
-from .peft_format import PREFIX, as_tensors_say, format_of, keys_of, modules_of, moved, renamed, usual_key, without
+from .naming import plain_parameters
+from .peft_format import PREFIX, AdapterFile, as_tensors_say, by_names_here, format_of, keys_of, usual_key, without
 from .planning import planned, trained_whole
 from .trained_copy import state_of
 
 CONFIG, WEIGHTS, FINGERPRINT = "adapter_config.json", "adapter_model.safetensors", "minilora.base"
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter as read from disk: its settings, its tensors by their keys, and its base's fingerprint or None.
-
-    `config` is a `LoRAConfig`, or that of a relative.
-    """
-
-    folder: Path
-    config: Any
-    tensors: dict[str, Tensor]
-    base: str | None
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
@@ -164,20 +150,6 @@ def read_settings(folder: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{folder} is no adapter folder: it holds no {CONFIG}")
     return read_json(path)
-
-
-def by_names_here(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
-    """The adapter by the names of this model, where a version of the architecture has put its modules elsewhere."""
-    names, here = modules_of(adapter.tensors, variants()[adapter.config.variant]), {n for n, _ in plain_modules(model)}
-    if not names or any(name in here for name in names) or not (change := moved(names, here)):
-        return adapter
-    warnings.warn(f"{adapter.folder} names its modules {change[0] or '(nothing)'}. ...; taken for {change[1] or '(nothing)'}. "
-                  "... of this model", stacklevel=4)
-    tensors = {PREFIX + renamed(key.removeprefix(PREFIX), *change): t for key, t in adapter.tensors.items()}
-    config = replace(adapter.config, target_modules=tuple(renamed(name, *change) for name in names), rank_pattern={
-        f"^{re.escape(renamed(n, *change))}": adapter.config.rank_of(n) for n in names}, alpha_pattern={
-        f"^{re.escape(renamed(n, *change))}": adapter.config.alpha_of(n) for n in names})
-    return replace(adapter, config=config, tensors=tensors)
 
 
 def check_fits(adapter: AdapterFile, model: nn.Module) -> AdapterFile:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import insert_adapter, read_adapter
+from .bases import kind_of, output_scale, widest
 from .config import is_number, require, variants
 from .injection import mergeable_layers, need_whole, put_back, remove, unwrap, wrap
-from .bases import kind_of, output_scale, widest
 from .layers import AdapterLayer, LoRALayer, Wrapper
 from .spectrum import product_svd
 from .tables import table

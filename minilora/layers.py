@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bases import adapter_options, dense_weight, execution_device, kind_of, output_scale, quantised, shape_of, widest, words
+from .bases import (
+    adapter_options,
+    dense_weight,
+    execution_device,
+    kind_of,
+    output_scale,
+    quantised,
+    shape_of,
+    widest,
+    words,
+)
 from .config import VARIANTS, LoRAConfig, scaling
 
 

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .peft_format import FORMATS, Format
+from .bases import adapter_options, kind_of, shape_of
 from .config import ALL_LINEAR, LoRAConfig, entry_matches, require
 from .injection import METHODS, adapter_layers
-from .planning import choose
-from .bases import adapter_options, kind_of, shape_of
 from .layers import AdapterLayer, Wrapper
+from .peft_format import FORMATS, Format
+from .planning import choose
 
 
 def relative(method: type) -> type:

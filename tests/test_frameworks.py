@@ -9,15 +9,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from small import IDS, MLP, Conv1D, gpt2, hf_llama, logits, our_llama, same, shake, state
+from small import IDS, MLP, Conv1D, hf_llama, logits, same, shake, state
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from minilora import (AdapterBank, LoRAConfig, fingerprint, inject, load_adapter, lora_parameters, merge, plan, remove,
-                      report, save_adapter, unmerge)
+from minilora import (
+    AdapterBank,
+    LoRAConfig,
+    fingerprint,
+    inject,
+    load_adapter,
+    lora_parameters,
+    merge,
+    plan,
+    remove,
+    report,
+    save_adapter,
+    unmerge,
+)
 from minilora.adapters import WEIGHTS
 from minilora.injection import lora_layers
-from minilora.bases import kind_of
 from minilora.layers import LoRALayer
 from minilora.quant import Linear4bit
 from minilora.train import train

@@ -11,8 +11,19 @@ from small import IDS, gpt2, hf_llama, logits, our_llama, same, shake, state
 from torch import nn
 
 import minilora.variants
-from minilora import AdapterBank, LoRAConfig, inject, load_adapter, lora_parameters, merge, plan, remove, report, \
-    save_adapter, unmerge
+from minilora import (
+    AdapterBank,
+    LoRAConfig,
+    inject,
+    load_adapter,
+    lora_parameters,
+    merge,
+    plan,
+    remove,
+    report,
+    save_adapter,
+    unmerge,
+)
 from minilora.config import variants
 from minilora.injection import lora_layers
 from minilora.layers import LoRALayer

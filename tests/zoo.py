@@ -18,12 +18,17 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from transformers import (AutoConfig, AutoModel, AutoModelForAudioClassification, AutoModelForCausalLM,
-                          AutoModelForImageClassification, AutoModelForMaskedLM, AutoModelForSeq2SeqLM)
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from minilora import (LoRAConfig, inject, load_adapter, lora_parameters, merge, remove, report, save_adapter,  # noqa: E402
-                      unmerge)
+from minilora import LoRAConfig, inject, load_adapter, lora_parameters, merge, remove, report, save_adapter, unmerge
 
 transformers.logging.set_verbosity_error()
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -198,7 +203,7 @@ def result(name: str, targets: str, dtype: torch.dtype, compiled: bool = False) 
         except ValueError as e:
             ours = "minilora" in str(e.__traceback__.tb_next.tb_frame.f_code.co_filename) or _from_us(e)
             words = f"refused: {str(e)[:90]}" if ours and "\n" not in str(e) else f"TRACEBACK: ValueError: {str(e)[:90]}"
-        except Exception as e:  # noqa: BLE001 - whatever it is, it goes into the table
+        except Exception as e:
             words = f"TRACEBACK: {type(e).__name__}: {str(e).splitlines()[0][:90] if str(e) else ''}"
     ours = [str(w.message) for w in said if "reads its weight and does not call" in str(w.message)]
     return words + (f"; {len(ours)} dead named" if ours else ""), ours

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..bases import dense_weight
 from ..config import LoRAConfig, require, scaling
 from ..distributed import full_tensor
-from ..bases import dense_weight
 from ..layers import LoRALayer
 
 

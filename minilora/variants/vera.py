@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..config import LoRAConfig, require
 from ..bases import shape_of
+from ..config import LoRAConfig, require
 from ..layers import LoRALayer
 
 D_START = 0.1  # where d starts; b starts at zero (table 6)
