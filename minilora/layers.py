@@ -79,9 +79,8 @@ class LoRAFunction(torch.autograd.Function):
 
 
 def no_view(y: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: of a view that a function of ours returns, autograd forbids that the next
-    layer (``ReLU(inplace=True)``) changes it in place."""
-    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    """The same memory, no view: autograd forbids an operation in place after a view that a function of ours returns."""
+    return y if torch.compiler.is_compiling() or not y._is_view() else torch.ops.aten._unsafe_view(y, y.shape)
 
 
 class Wrapper(nn.Module):

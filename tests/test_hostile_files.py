@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from test_adapter_tools import adapter_of
 
 from minilora import LoRAConfig, cli, load_adapter
-from minilora.adapters import WEIGHTS
 from minilora.adapter_tools import inspect_adapter
+from minilora.adapters import WEIGHTS
 from minilora.peft_format import keys_of, peft_config
 from minilora.tables import plain, quoted
 
