@@ -61,7 +61,8 @@ class Attention(nn.Module):
                 layer: int) -> Tensor:
         q, k, v = (rearrange(project(x), "b t (h d) -> b h t d", d=self.head_dim)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
-        y = self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, cache, layer)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # by name: what is not rotated is let go before the attention
+        y = self.attend(q, k, v, mask, cache, layer)
         return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: "Cache | None",

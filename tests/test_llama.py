@@ -283,7 +283,8 @@ def test_a_model_with_adapters_is_not_saved_as_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("permanent", [False, True])
 def test_a_merged_model_is_saved_as_a_plain_checkpoint(permanent, tmp_path):
-    model = shake(inject(our_llama(), LoRAConfig()))
+    model = inject(our_llama(), LoRAConfig())
+    shake(model)
     merge(model, permanent=permanent)
     model.save_pretrained(tmp_path / "new")
     assert not torch.equal(model(IDS), our_llama()(IDS))

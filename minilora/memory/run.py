@@ -276,6 +276,10 @@ class Serving(Run):
         return f"stack {self.stack} ({self.software.versions}): {self.dtype} weights, {self.attention} attention"
 
     @property
+    def quantisation(self) -> str:
+        return "nf4"
+
+    @property
     def method(self) -> str:
         return "qlora" if self.four_bit else "lora"
 
