@@ -50,8 +50,8 @@ def words(kinds: tuple[str, ...]) -> str:
 
 def quantised(module: nn.Module) -> bool:
     """A linear that keeps its weight in codes: ``dequantize()`` gives it as (out, in), or it is bitsandbytes'."""
-    if type(module).__name__ in BITSANDBYTES:
-        return type(module).__module__.startswith("bitsandbytes")
+    if type(module).__name__ in BITSANDBYTES and type(module).__module__.startswith("bitsandbytes"):
+        return True
     return hasattr(module, "dequantize") and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
