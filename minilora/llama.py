@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import distributed
-from .checkpoints import CONFIG, MODEL, check_tensors, read_checkpoint, read_json, writing
+from .checkpoints import CONFIG, MODEL, check_tensors, read_checkpoint, read_json, save_tensors, writing
 from .fast_decode import fast_decode
 from .llama_config import LlamaConfig
 from .rotary import rotary_tables, rotate
@@ -268,6 +267,6 @@ class Llama(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with writing(folder, MODEL, CONFIG) as fresh:
-            save_file(weights, fresh / MODEL, {"format": "pt", **(metadata or {})})
+            save_tensors(weights, fresh / MODEL, {"format": "pt", **(metadata or {})})
             (fresh / CONFIG).write_text(json.dumps(self.config.to_hf(), indent=2) + "\n", encoding="utf-8")
 

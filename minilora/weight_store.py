@@ -17,12 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapters import fingerprint
-from .checkpoints import checksum, locked, read_json, read_safetensors, write_file
+from .checkpoints import checksum, locked, read_json, read_safetensors, save_tensors, write_file
 from .config import require
 from .injection import replace
 from .llama import Block, Llama, LlamaConfig
@@ -242,7 +241,7 @@ def finish_store(source: Source, folder: Path, recipe: dict, quantise: str | Non
         tensors = {key: t.cpu().contiguous() for key, t in
                    source.shard(name, plain[name], quantise, device).items()}
         metadata = {"format": "pt", "store": digest_of(recipe), "sha256": checksum(tensors)}
-        write_file(folder / f"{name}.safetensors", partial(save_file, tensors, metadata=metadata))
+        write_file(folder / f"{name}.safetensors", partial(save_tensors, tensors, metadata=metadata))
         del tensors
 
 

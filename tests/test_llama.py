@@ -268,7 +268,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(llama, "save_file", full)
+        patch.setattr(llama, "save_tensors", full)
         Llama(LlamaConfig(**SIZES), 1).save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert torch.equal(Llama.from_pretrained(tmp_path)(IDS), our_llama()(IDS))

@@ -376,7 +376,7 @@ def test_random_weights_are_those_of_the_seed(tmp_path):
 
 def interrupted(monkeypatch, folder: Path, shards: int) -> None:
     """Build a store that is stopped after so many shards, in the middle of writing the next."""
-    count, save = iter(range(99)), weight_store.save_file
+    count, save = iter(range(99)), weight_store.save_tensors
 
     def stop(tensors, path, metadata):
         if next(count) == shards:
@@ -385,7 +385,7 @@ def interrupted(monkeypatch, folder: Path, shards: int) -> None:
         save(tensors, path, metadata)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(weight_store, "save_file", stop)
+        patch.setattr(weight_store, "save_tensors", stop)
         build_store(CONFIG, folder, "nf4")
 
 
