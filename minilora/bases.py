@@ -48,8 +48,34 @@ def words(kinds: tuple[str, ...]) -> str:
 
 
 def quantised(module: nn.Module) -> bool:
-    """A linear that keeps its weight in codes: ``dequantize()`` gives it as (out, in)."""
+    """A linear that keeps its weight in codes: ``dequantize()`` gives it as (out, in), or it is bitsandbytes'."""
+    if type(module).__name__ in BITSANDBYTES:
+        return type(module).__module__.startswith("bitsandbytes")
     return hasattr(module, "dequantize") and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def dense_4bit(layer: nn.Module) -> Tensor:
+    """bitsandbytes' Linear4bit, (out, in)."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    if layer.weight.quant_state is None:
+        raise ValueError("a Linear4bit of bitsandbytes is not quantised before .to(device)")
+    if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        raise ValueError("a Linear4bit of bitsandbytes that has run in eval mode on this CPU keeps its codes in another "
+                         "order, which cannot be read: call model.train() before its first forward")
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def dense_8bit(layer: nn.Module) -> Tensor:
+    """bitsandbytes' Linear8bitLt, (out, in): codes times a scale a row; the first forward moves both to `state`."""
+    place = layer.state if layer.state.CB is not None else layer.weight
+    if place.SCB is None:
+        raise ValueError("a Linear8bitLt of bitsandbytes is not quantised before .to(device)")
+    codes = layer.weight.data if place.CB is None else place.CB
+    return codes.float() * place.SCB.float()[:, None] / 127
+
+
+BITSANDBYTES = {"Linear4bit": dense_4bit, "Linear8bitLt": dense_8bit}
 
 
 def dense_weight(base: nn.Module) -> Tensor:
@@ -57,7 +83,7 @@ def dense_weight(base: nn.Module) -> Tensor:
     if execution_device(base) is not None and any(p.is_meta for p in base.parameters()):
         raise ValueError("the weight is offloaded and only visits the device: it cannot be read here")
     if quantised(base):
-        return base.dequantize()
+        return base.dequantize() if hasattr(base, "dequantize") else BITSANDBYTES[type(base).__name__](base)
     return base.weight if kind_of(base) == "linear" else base.weight.T
 
 

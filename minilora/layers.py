@@ -12,6 +12,7 @@ In the shape comments N stands for all leading dimensions of the input (batch, t
 import math
 import sys
 import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class LoRAFunction(torch.autograd.Function):
         ctx.scaling, ctx.dropout = scaling, dropout
         # drawn from the global generator, so that checkpointing, which restores it, draws the same mask again
         ctx.seed = int(torch.randint(2**62, ())) if dropout else 0
-        ctx.dequantize = base.dequantize if quantised(base) else None
+        ctx.dequantize = partial(dense_weight, base) if quantised(base) else None
         ctx.save_for_backward(x, A, B, None if quantised(base) else dense_weight(base))
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         seen = rows * keep_mask(rows, dropout, ctx.seed) if dropout else rows

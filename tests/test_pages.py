@@ -13,7 +13,7 @@ PART = "|".join([*PARTS, "why this matters"])
 PLACE = r"(abstract|appendix \w|(section|table|figure|theorem) \d+(\.\d+)*|sections \d+(\.\d+)* and \d+(\.\d+)*)"
 FORMS = (rf"the lesson, ({PART})( and ({PART}))?", rf"paper, {PLACE}( and {PLACE})?",
          rf"[A-Za-z][\w .]+(, {PLACE}( and {PLACE})?| #\d+)?")
-TEXTS = [pages.ROOT / "README.md", *(pages.ROOT / "notebooks").glob("*.md")]
+TEXTS = [path for folder in (".", "docs", "notebooks") for path in sorted((pages.ROOT / folder).glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
