@@ -191,7 +191,7 @@ class StreamedLlama(Llama):
             at_rest = "model.embed_tokens.weight" if tied else name
             rest = store.tensors[at_rest]
             if module is decoder.norm:  # stays on the device
-                rest = rest.to(device, dtype)
+                rest = rest.to(device, dtype, copy=True)  # no piece of a mapped file
             elif module is not decoder.embed_tokens:
                 i = -1 if module is self.lm_head else int(name.split(".")[2])
                 shards[i].append((module, table, own))

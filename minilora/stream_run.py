@@ -39,6 +39,9 @@ from .train import train
 from .weight_store import Source, Store, build_store
 
 M_MMAP_THRESHOLD = -3  # of mallopt
+# what a process on the CPU takes besides the plan: 8 MiB for the stack of the thread that prefetches, and what the
+# allocator and Python keep in reserve. Below it no error can be promised: C code that gets no memory ends the process
+FLOOR = 32 * 2**20
 UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -155,7 +158,7 @@ def budget_of(device: torch.device, budget: int | None) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_DATA, (bytes_of("VmData") + budget, limits[1]))
         yield
     except (MemoryError, RuntimeError) as e:
-        if budget is None or not (isinstance(e, MemoryError) or "memory" in str(e)):
+        if budget is None or not (isinstance(e, MemoryError) or "memory" in str(e) or "new thread" in str(e)):
             raise
         raise ValueError(f"the run did not fit into its budget of {bytes_text(budget)}: {e}") from None
     finally:
@@ -248,8 +251,10 @@ def stream_command(parser, arguments: list[str]) -> None:
     run = Training("qlora" if o.quantise else "lora", o.rank, targets, o.batch, o.seq, checkpointing=True, base=base,
                    offload=o.offload)
     bill = estimate(ModelSpec.from_config(config.to_hf() | {"_name_or_path": o.model or o.config.name}), run)
-    if budget and bill.peak > budget:
-        raise ValueError(f"the plan needs {bytes_text(bill.peak)} of device memory, more than the budget of "
+    floor = FLOOR if device.type == "cpu" else 0
+    if budget and bill.peak + floor > budget:
+        itself = f", and a process on the CPU {bytes_text(floor)} for itself" * bool(floor)
+        raise ValueError(f"the plan needs {bytes_text(bill.peak)} of device memory{itself}: more than the budget of "
                          f"{bytes_text(budget)}; shorter sequences, --offload or --quantise nf4 take less")
     verdict, found = judge(bill, card), None
     if not o.json:
