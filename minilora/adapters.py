@@ -9,7 +9,7 @@ import json
 import os
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +23,21 @@ from .injection import adapter_layers, inject, remove
 from .layers import AdapterLayer, LoRALayer
 from .naming import plain_parameters
 from .pair import read_config_of_pair, read_pair, write_pair
-from .peft_format import PREFIX, as_tensors_say, format_of, keys_of, usual_key, without
+from .peft_format import PREFIX, AdapterFile, as_tensors_say, by_names_here, format_of, keys_of, usual_key, without
 from .planning import planned, trained_whole
+from .tables import quoted
 from .trained_copy import state_of
 
 CONFIG, WEIGHTS, FINGERPRINT = "adapter_config.json", "adapter_model.safetensors", "minilora.base"
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter as read from disk: its settings, its tensors by their keys, and its base's fingerprint or None.
-
-    `config` is a `LoRAConfig`, or that of a relative.
-    """
-
-    folder: Path
-    config: Any
-    tensors: dict[str, Tensor]
-    base: str | None
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of what an adapter's file may hold
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the model's adapters to `folder`, all at once or not at all: LoRA and its variants in PEFT's format, the
     relatives of peft_methods.py in one like it.
 
-    A PiSSA adapter is written as the plain one of twice the rank that does the same to the untouched base. Where several
-    processes train one model, all call this and the first one writes: the same file as one process would.
+    A PiSSA adapter is written as the plain one of twice the rank that does the same to the untouched base. Where
+    several processes train one model, all call this and the first one writes: the same file as one process would.
 
     Raises:
         ValueError: the model has no adapters, or one that holds NaN or infinite values.
@@ -61,8 +50,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
             raise ValueError(f"{key} holds NaN or infinite values: the training diverged, nothing was saved")
     base, ours = fingerprint(model), {id(p) for layer in adapter_layers(model).values() for p in layer.own().values()}
     if lost := [name for name, p in plain_parameters(model) if p.requires_grad and id(p) not in ours]:
-        warnings.warn(f"{', '.join(lost[:4])}{', ...' * (len(lost) > 4)} can train too and is not saved: an adapter file "
-                      "holds adapters and what modules_to_save names", stacklevel=2)
+        warnings.warn(f"{', '.join(lost[:4])}{', ...' * (len(lost) > 4)} can train too and is not saved: an adapter "
+                      "file holds adapters and what modules_to_save names", stacklevel=2)
     if is_main_process():
         write_adapter(folder, tensors, form.write(model), base)
 
@@ -84,7 +73,7 @@ def insert_adapter(model: nn.Module, adapter: AdapterFile, any_base: bool = Fals
     """`load_adapter`, from an adapter that has been read."""
     lora = isinstance(adapter.config, LoRAConfig)
     if lora:  # before anything is made: a file may ask for a rank that no memory holds
-        adapter = check_fits(adapter, model)
+        adapter = check_fits(by_names_here(adapter, model), model)
     if not any_base:
         check_base(adapter, model)
     inject(model, adapter.config, any_rank=True)
@@ -103,7 +92,8 @@ def places(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model's adapters by their keys on disk."""
     first = first_layer(model)
     prefix = format_of(first.peft_type).prefix
-    own = {f"{prefix}{name}.{end}": t for name, layer in adapter_layers(model).items() for end, t in layer.saved().items()}
+    own = {f"{prefix}{name}.{end}": t for name, layer in adapter_layers(model).items()
+           for end, t in layer.saved().items()}
     return own | first.common()
 
 
@@ -138,13 +128,17 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         raise ValueError(f"{folder} holds no {WEIGHTS}{hint}")
     tensors, metadata = read_safetensors(path)
     for key, t in tensors.items():
-        if not t.is_floating_point() or not t.float().isfinite().all():
-            raise ValueError(f"{key!r} in {path} holds {t.dtype} values that are not all finite floating-point numbers")
+        if t.dtype not in DTYPES:
+            raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values, expected finite floating-point numbers of "
+                             "16 bits or more")
+        if not all(part.isfinite().all() for part in t.flatten().split(2**22)):  # a part at a time: a file may be huge
+            raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values that are not all finite floating-point "
+                             "numbers")
     return tensors, metadata.get(FINGERPRINT)
 
 
 def read_config(folder: Path, only: Collection[str] = ()) -> Any:
-    """``adapter_config.json`` as a `LoRAConfig`, or as the config of a relative. A missing r or alpha means 8, as in PEFT.
+    """``adapter_config.json`` as a `LoRAConfig`, or as a relative's config. A missing r or alpha means 8, as in PEFT.
 
     Raises:
         ValueError: missing, not JSON, of a method unknown here, or asking for what is not supported here.
@@ -167,8 +161,8 @@ def read_settings(folder: Path) -> dict:
 
 
 def check_fits(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
-    """The adapter, whose targets are now those that its tensors name; a module that its targets mean as well (the vision
-    tower's q_proj beside the language model's) and of which it has no tensor is left out, by name.
+    """The adapter, whose targets are now those that its tensors name; a module that its targets mean as well (the
+    vision tower's q_proj beside the language model's) and of which it has no tensor is left out, by name.
 
     Raises:
         ValueError: the first few ways in which modules, ranks or shapes are not those of `model`.
@@ -183,11 +177,12 @@ def check_fits(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     known = [row for row in rows if any(key in adapter.tensors for key in keys[row].values())]
     if 0 < len(known) < len(rows):
         absent = [row.name for row in rows if row not in known]
-        warnings.warn(f"{adapter.folder} has no tensors for {', '.join(absent[:4])}{', ...' * (len(absent) > 4)}, which its "
-                      "targets mean too: left as they are", stacklevel=4)
+        warnings.warn(f"{adapter.folder} has no tensors for {', '.join(absent[:4])}{', ...' * (len(absent) > 4)}, "
+                      "which its targets mean too: left as they are", stacklevel=4)
         adapter, rows = replace(adapter, config=without(adapter.config, [row.name for row in known], True)), known
     expected = {key: layer.shapes(*row.shape, row.rank)[own] for row in rows for own, key in keys[row].items()}
-    expected |= {f"{PREFIX}{name}.{key}": t.shape for name, module in whole.items() for key, t in state_of(module).items()}
+    expected |= {f"{PREFIX}{name}.{key}": t.shape for name, module in whole.items()
+                 for key, t in state_of(module).items()}
     common = layer.common_shapes([row.shape for row in rows], adapter.config.rank)
     expected |= {key: shape for key, shape in common.items() if key in adapter.tensors}
     if wrong := misfits(adapter.tensors, expected, model):

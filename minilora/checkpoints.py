@@ -103,7 +103,8 @@ def files_of(folder: Path) -> list[Path]:
     files = [folder / name for name in sorted(names)]
     for file in files:
         if not file.is_file():
-            raise ValueError(f"{folder} holds no {file.name}" + f", which {INDEX} names" * (file != single))
+            raise ValueError(f"{folder} is no checkpoint: it holds no {file.name}"
+                             + (f", which {INDEX} names" if file != single else f" and no {INDEX}"))
     return files
 
 

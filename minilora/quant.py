@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .bases import dense_weight, kind_of, quantised, shape_of
 from .config import ALL_LINEAR, LoRAConfig
 from .injection import replace
-from .planning import choose, inside_torch, tied
-from .bases import dense_weight, kind_of, quantised, shape_of
 from .layers import LoRALayer, no_view
+from .planning import choose, inside_torch, tied
 
 BLOCK, ABSMAX_BLOCK = 64, 256  # weights that share an absmax; absmax that share a scale
 FP8 = torch.float8_e4m3fn

@@ -31,8 +31,8 @@ from minilora import (
     unmerge,
 )
 from minilora.adapters import read_adapter, read_config, write_adapter
-from minilora.peft_format import config_of, peft_config
 from minilora.injection import lora_layers
+from minilora.peft_format import config_of, peft_config
 
 MODELS = {"llama": small.hf_llama, "gpt2": small.gpt2, "bert": small.bert, "ours": small.our_llama}
 # attention, MLP and embedding targets, and one module for a pattern
