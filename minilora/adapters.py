@@ -248,3 +248,12 @@ def write_adapter(folder: str | os.PathLike, tensors: dict[str, Tensor], config:
     metadata = {"format": "pt"} | ({FINGERPRINT: base} if base else {})
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     write_pair(Path(folder), CONFIG, WEIGHTS, text, lambda path: save_tensors(tensors, path, metadata))
+
+
+def check_free(out: str | os.PathLike) -> None:
+    """Raise a ValueError if an adapter cannot be written to `out`, or would replace one: before the work, not after."""
+    out = Path(out)
+    if (out / WEIGHTS).exists() or (out / CONFIG).exists():
+        raise ValueError(f"{out} holds an adapter already: name another folder")
+    if first := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
+        raise ValueError(f"{first} is a file: name a folder")
