@@ -4,45 +4,32 @@ What is saved here opens in PEFT and vLLM, and what they save opens here. The sa
 fingerprint of the base, so that an adapter on the wrong base is refused, not silently wrong.
 """
 
-import ctypes
 import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from .checkpoints import read_json, read_safetensors
+from .checkpoints import read_safetensors, save_tensors
 from .config import LoRAConfig, variants
 from .distributed import full_tensor, is_main_process
 from .injection import adapter_layers, inject, remove
 from .layers import AdapterLayer, LoRALayer
 from .naming import plain_parameters
-from .peft_format import PREFIX, as_tensors_say, format_of, keys_of, usual_key, without
+from .pair import read_config_of_pair, read_pair, write_pair
+from .peft_format import PREFIX, AdapterFile, as_tensors_say, by_names_here, format_of, keys_of, usual_key, without
 from .planning import planned, trained_whole
+from .tables import quoted
 from .trained_copy import state_of
 
 CONFIG, WEIGHTS, FINGERPRINT = "adapter_config.json", "adapter_model.safetensors", "minilora.base"
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter as read from disk: its settings, its tensors by their keys, and its base's fingerprint or None.
-
-    `config` is a `LoRAConfig`, or that of a relative.
-    """
-
-    folder: Path
-    config: Any
-    tensors: dict[str, Tensor]
-    base: str | None
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of what an adapter's file may hold
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
@@ -86,7 +73,7 @@ def insert_adapter(model: nn.Module, adapter: AdapterFile, any_base: bool = Fals
     """`load_adapter`, from an adapter that has been read."""
     lora = isinstance(adapter.config, LoRAConfig)
     if lora:  # before anything is made: a file may ask for a rank that no memory holds
-        adapter = check_fits(adapter, model)
+        adapter = check_fits(by_names_here(adapter, model), model)
     if not any_base:
         check_base(adapter, model)
     inject(model, adapter.config, any_rank=True)
@@ -121,11 +108,15 @@ def read_adapter(folder: str | os.PathLike, only: Collection[str] = ()) -> Adapt
         ValueError: no such folder, a file missing or damaged, or an adapter of a kind that is not supported.
     """
     folder = Path(folder)
-    config, (tensors, base) = read_config(folder, only), read_tensors(folder)
-    tensors = {usual_key(key): t for key, t in tensors.items()}
-    if isinstance(config, LoRAConfig):
-        config = as_tensors_say(config, read_settings(folder), tensors)
-    return AdapterFile(folder, config, tensors, base)
+
+    def read() -> AdapterFile:
+        config, (tensors, base) = read_config(folder, only), read_tensors(folder)
+        tensors = {usual_key(key): t for key, t in tensors.items()}
+        if isinstance(config, LoRAConfig):
+            config = as_tensors_say(config, read_settings(folder), tensors)
+        return AdapterFile(folder, config, tensors, base)
+
+    return read_pair(folder, CONFIG, WEIGHTS, read)
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -137,8 +128,12 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         raise ValueError(f"{folder} holds no {WEIGHTS}{hint}")
     tensors, metadata = read_safetensors(path)
     for key, t in tensors.items():
-        if not t.is_floating_point() or not t.float().isfinite().all():
-            raise ValueError(f"{key!r} in {path} holds {t.dtype} values that are not all finite floating-point numbers")
+        if t.dtype not in DTYPES:
+            raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values, expected finite floating-point numbers of "
+                             "16 bits or more")
+        if not all(part.isfinite().all() for part in t.flatten().split(2**22)):  # a part at a time: a file may be huge
+            raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values that are not all finite floating-point "
+                             "numbers")
     return tensors, metadata.get(FINGERPRINT)
 
 
@@ -160,10 +155,9 @@ def read_config(folder: Path, only: Collection[str] = ()) -> Any:
 
 def read_settings(folder: Path) -> dict:
     """``adapter_config.json`` as it stands; a ValueError if it is missing or holds no JSON object."""
-    path = folder / CONFIG
-    if not path.is_file():
+    if (settings := read_config_of_pair(folder, CONFIG, WEIGHTS)) is None:
         raise ValueError(f"{folder} is no adapter folder: it holds no {CONFIG}")
-    return read_json(path)
+    return settings
 
 
 def check_fits(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
@@ -246,44 +240,11 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def write_adapter(folder: str | os.PathLike, tensors: dict[str, Tensor], config: dict, base: str | None = None) -> None:
-    """Write an adapter folder so that at any moment it holds the old adapter or the new one, whole.
+    """Write an adapter folder so that at any moment `read_adapter` finds the old adapter or the new one, whole: the two
+    files are replaced inside the folder as pair.py says. Everything else in it stays, and so does the folder itself.
 
-    Both files are written to a folder beside it, which then takes its place in one step. Other files in it stay. An
-    OSError means that the disk said no; `folder` is then as it was.
+    The same adapter is the same bytes. An OSError means that the disk said no; the old adapter is still there then.
     """
-    folder = Path(folder).resolve()
-    fresh = folder.with_name(f".{folder.name}.saving")
-    files = {WEIGHTS: save(tensors, {"format": "pt"} | ({FINGERPRINT: base} if base else {})),
-             CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
-    shutil.rmtree(fresh, ignore_errors=True)  # what an interrupted save left
-    try:
-        if folder.exists():
-            shutil.copytree(folder, fresh, symlinks=True, ignore=shutil.ignore_patterns(*files))
-        else:
-            fresh.mkdir(parents=True)
-        for name, data in files.items():
-            with open(fresh / name, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())  # so that a power cut after the exchange finds the bytes
-        exchange(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def exchange(fresh: Path, folder: Path) -> None:
-    """Swap two folders' names in one step (Linux); elsewhere in two, between which `folder` is gone for an instant."""
-    at_cwd, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if not folder.exists():
-        fresh.rename(folder)
-        return
-    try:
-        if ctypes.CDLL(None).renameat2(at_cwd, os.fsencode(fresh), at_cwd, os.fsencode(folder), swap) == 0:
-            return
-    except (AttributeError, OSError, TypeError):
-        pass  # no such call here
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    metadata = {"format": "pt"} | ({FINGERPRINT: base} if base else {})
+    text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    write_pair(Path(folder), CONFIG, WEIGHTS, text, lambda path: save_tensors(tensors, path, metadata))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import insert_adapter, read_adapter
-from .bases import kind_of, widest
+from .bases import kind_of, output_scale, widest
 from .config import is_number, require, variants
 from .injection import mergeable_layers, need_whole, put_back, remove, unwrap, wrap
 from .layers import AdapterLayer, LoRALayer, Wrapper
@@ -275,7 +275,7 @@ class RoutedLayer(Wrapper):
             bias = getattr(self.base_layer, "bias", None)
             rows.add_(self.scale.to(y.dtype) * (rows if bias is None else rows - bias.to(y.dtype)))
         if self.kind == "embedding":
-            inner = self.A[self.index[:, None], x.reshape(batch, -1, 1)].to(y.dtype)  # (batch, T, r)
+            inner = (self.A[self.index[:, None], x.reshape(batch, -1, 1)] * output_scale(self.base_layer)).to(y.dtype)  # (batch, T, r)
         else:
             inner = x.reshape(batch, -1, x.shape[-1]).to(y.dtype) @ self.A[self.index].to(y.dtype).mT  # (batch, T, r)
         rows.baddbmm_(inner, self.B[self.index].to(y.dtype))

@@ -1,10 +1,12 @@
 """What PEFT calls things: keys of tensors, settings of ``adapter_config.json``, and which can be followed here."""
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from .config import LoRAConfig, entry_matches, variants
 from .injection import adapter_layers, lora_layers
 from .layers import LoRALayer
 from .naming import bare, plain_modules
+from .tables import quoted
 from .trained_copy import TrainedCopy
 
 PREFIX = "base_model.model."
@@ -25,6 +28,19 @@ UNSUPPORTED = ("trainable_token_indices", "target_parameters", "layer_replicatio
 CHOOSING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 # starts that leave the base's weights alone; the others (pissa, olora, corda, loftq, lora_ga) subtract from them
 KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter as read from disk: its settings, its tensors by their keys, and its base's fingerprint or None.
+
+    `config` is a `LoRAConfig`, or that of a relative.
+    """
+
+    folder: Path
+    config: Any
+    tensors: dict[str, Tensor]
+    base: str | None
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,7 @@ def format_of(peft_type: str) -> Format:
         import_module(f"{__package__}.{room}")
     forms = {layer.peft_type: Format(PREFIX, written, read_lora) for layer in variants().values()} | FORMATS
     if peft_type not in list(forms):  # a file may say what has no hash
-        raise ValueError(f"is of peft_type {peft_type!r}; only {' or '.join(map(repr, forms))} can be loaded")
+        raise ValueError(f"is of peft_type {quoted(peft_type)}; only {' or '.join(map(repr, forms))} can be loaded")
     return forms[peft_type]
 
 
@@ -113,6 +129,42 @@ def modules_of(keys: Iterable[str], layer: type[LoRALayer]) -> list[str]:
                               if key.startswith(PREFIX) and key.endswith(end)))
 
 
+def moved(names: list[str], here: set[str]) -> tuple[str, str] | None:
+    """(old, new): the beginning of a file's module names, and what a model has in its place ("language_model.model" is
+    "model.language_model" since transformers 4.52). None if no single change, or more than one, gives every name a
+    module of the model."""
+    parts = names[0].split(".")
+    for i in range(len(parts)):  # the smallest beginning first
+        old, rest = ".".join(parts[:i]), "." + ".".join(parts[i:])
+        news = {name.removesuffix(rest) for name in here if name.endswith(rest)} | ({""} if rest[1:] in here else set())
+        fits = [new for new in news if all(renamed(name, old, new) in here for name in names)]
+        if fits:
+            return (old, fits[0]) if len(fits) == 1 else None
+    return None
+
+
+def renamed(name: str, old: str, new: str) -> str | None:
+    """`name` with another beginning; None if it does not begin so."""
+    if old and not name.startswith(f"{old}."):
+        return None
+    rest = name[len(old) + 1:] if old else name
+    return f"{new}.{rest}" if new else rest
+
+
+def by_names_here(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
+    """The adapter by the names of this model, where a version of the architecture has put its modules elsewhere."""
+    names, here = modules_of(adapter.tensors, variants()[adapter.config.variant]), {n for n, _ in plain_modules(model)}
+    if not names or any(name in here for name in names) or not (change := moved(names, here)):
+        return adapter
+    warnings.warn(f"{adapter.folder} names its modules {change[0] or '(nothing)'}. ...; taken for {change[1] or '(nothing)'}. "
+                  "... of this model", stacklevel=4)
+    tensors = {PREFIX + renamed(key.removeprefix(PREFIX), *change): t for key, t in adapter.tensors.items()}
+    config = replace(adapter.config, target_modules=tuple(renamed(name, *change) for name in names), rank_pattern={
+        f"^{re.escape(renamed(n, *change))}": adapter.config.rank_of(n) for n in names}, alpha_pattern={
+        f"^{re.escape(renamed(n, *change))}": adapter.config.alpha_of(n) for n in names})
+    return replace(adapter, config=config, tensors=tensors)
+
+
 def without(config: LoRAConfig, names: list[str], only: bool = False) -> LoRAConfig:
     """The config without the keys of patterns that match none of the modules `names`; `only` these are its targets."""
     unused = {"rank_pattern": set(config.rank_table.unused(names)),
@@ -166,9 +218,9 @@ def read_lora(values: dict) -> LoRAConfig:
             raise ValueError(f"sets {setting}, which is not supported: an adapter here is A and B on whole "
                              "layers that target_modules names, nothing else")
     if (bias := values.get("bias", "none")) != "none":
-        raise ValueError(f"sets bias={bias!r}, which is not supported: it retrains the base's biases")
+        raise ValueError(f"sets bias={quoted(bias)}, which is not supported: it retrains the base's biases")
     if (start := values.get("init_lora_weights", True)) not in KEEPS_BASE:
-        raise ValueError(f"was initialised by {start!r}, which changes the base's weights: convert it to a "
+        raise ValueError(f"was initialised by {quoted(start)}, which changes the base's weights: convert it to a "
                          "plain adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)")
     found = {ours: values[theirs] for ours, theirs in settings_of(kind).items() if values.get(theirs) is not None}
     own = next((layer.choice for layer in variants().values() if layer.peft_type == kind != LoRALayer.peft_type), {})

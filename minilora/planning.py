@@ -5,6 +5,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from .bases import adapter_options, execution_device, kind_of, shape_of, why_not, words
 from .config import ALL_LINEAR, LoRAConfig, entry_matches, scaling, variants
@@ -121,6 +122,11 @@ def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig, not
         meant = [name for name, m in modules.items()
                  if isinstance(m, nn.Linear) or kinds.get(name, "embedding") != "embedding"]
         meant = [name for name in meant if not is_head(model, modules, name)]
+        for name, m in modules.items():
+            for key, p in m._parameters.items() if not isinstance(m, _ConvNd) else ():
+                if p is not None and p.dim() == 3 and min(p.shape) > 1:
+                    notes[f"{name}.{key}"] = (f"left frozen, a parameter of shape {tuple(p.shape)} (experts stacked?): adapters "
+                                              "go around modules")
     elif isinstance(wanted, str):
         meant = [name for name, m in modules.items() if config.matches(name) and (name in kinds or m._parameters)]
     else:

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import distributed
-from .checkpoints import read_safetensors, write_file
+from .checkpoints import read_safetensors, save_tensors, write_file
 from .config import check_name, is_number, require
 from .injection import without_gradient
 from .losses import IGNORE, masked_cross_entropy
@@ -200,7 +199,7 @@ def save_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors["rng"] = torch.get_rng_state()
         metadata = {"run": json.dumps(run), "log": json.dumps(asdict(log))}
-        write_file(path, lambda file: save_file(tensors, file, metadata))
+        write_file(path, lambda file: save_tensors(tensors, file, metadata))
     distributed.wait_for_all()
 
 

@@ -29,6 +29,7 @@ from minilora import (
 )
 from minilora.adapters import WEIGHTS
 from minilora.injection import lora_layers
+from minilora.layers import LoRALayer
 from minilora.quant import Linear4bit
 from minilora.train import train
 
@@ -513,3 +514,68 @@ def test_a_saved_adapter_names_its_base_and_task(tmp_path):
     save_adapter(model, tmp_path / "a")
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")
     assert torch.allclose(logits(theirs), logits(model), atol=1e-5)
+
+
+# Names, scales and shapes of other models
+
+
+class Tower(nn.Module):
+    def __init__(self, inner: str, path: str):
+        super().__init__()
+        self.add_module(inner, nn.Module())
+        getattr(self, inner).add_module(path, MLP())
+
+    def forward(self, x):
+        return next(next(self.children()).children())(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*names its modules")
+def test_modules_that_a_version_has_moved_are_found_and_said(tmp_path):
+    torch.manual_seed(0)
+    old, new = Tower("language_model", "model"), Tower("model", "language_model")
+    new.model.language_model.load_state_dict(old.language_model.model.state_dict())
+    inject(old, LoRAConfig(2, 4, ("up", "down"), rank_pattern={"up": 3}))
+    shake(old)
+    save_adapter(old, tmp_path)
+    with pytest.warns(UserWarning, match="names its modules language_model.model. ...; taken for model.language_model. ..."):
+        load_adapter(new, tmp_path, any_base=True)
+    x = torch.randn(3, 12)
+    assert torch.allclose(new(x), old(x), atol=1e-6) and new.model.language_model.up.rank == 3
+    two = nn.ModuleDict({"a": Tower("b", "c"), "d": Tower("b", "e")})  # two places that it could mean
+    with pytest.raises(ValueError, match="does not fit this model"):
+        load_adapter(two, tmp_path, any_base=True)
+    assert not any(isinstance(m, LoRALayer) for m in two.modules())
+
+
+def test_scaled_embeddings_are_adapted_as_peft_does(tmp_path):
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    def gemma():
+        torch.manual_seed(0)
+        return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                                  num_attention_heads=4, num_key_value_heads=2, head_dim=8)).eval()
+
+    model = gemma()
+    plain = logits(model)
+    inject(model, LoRAConfig(2, 4, ("embed_tokens", "q_proj")))
+    assert torch.equal(logits(model), plain)
+    shake(model)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(gemma(), tmp_path)
+    assert torch.allclose(logits(theirs), logits(model), atol=1e-4)
+    assert (logits(model) - plain).abs().max() > 1e-3
+    bank = AdapterBank(gemma())
+    bank.load("a", tmp_path)
+    with torch.no_grad(), bank.route(["a", None, "a"]):
+        routed = bank.model(IDS).logits
+    assert torch.allclose(routed[::2], logits(model)[::2], atol=1e-4)
+
+
+def test_the_plan_names_experts_that_stay_frozen():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                             num_attention_heads=4, num_key_value_heads=2, num_local_experts=4))
+    notes = plan(model, ALL).notes
+    experts = [name for name, note in notes.items() if "left frozen, a parameter of shape (4," in note]
+    assert len(experts) == 2 and all("experts" in name for name in experts)

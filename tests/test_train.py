@@ -243,7 +243,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(loop, "save_file", full)
+        patch.setattr(loop, "save_tensors", full)
         run(our_llama(), checkpoint=path)
     assert path.read_bytes() == before
     whole, resumed = our_llama(), our_llama()

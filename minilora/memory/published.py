@@ -22,7 +22,7 @@ MASK = 8  # bytes a token: attention_mask, beside ids and labels
 GRANITE = {"model_type": "granite", "num_hidden_layers": 40, "hidden_size": 2304, "num_attention_heads": 36,
            "num_key_value_heads": 36, "intermediate_size": 9216, "vocab_size": 49152, "max_position_embeddings": 4096,
            "tie_word_embeddings": True, "_name_or_path": "PowerLM-3b"}
-MIXTRAL = {"model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
+MIXTRAL = {"model_type": "mixtral_until_4", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
            "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 32000, "num_local_experts": 8,
            "num_experts_per_tok": 2, "max_position_embeddings": 32768, "_name_or_path": "Mixtral-8x7B"}
 WHOLE_COLUMNS = ("Llama-2-70B", "Mixtral")  # GPTQ checkpoints without groups; the others have groups of 128

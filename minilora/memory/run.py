@@ -71,6 +71,9 @@ class Run:
     def check(self, spec: ModelSpec) -> None:
         """Refuse what this model cannot do, and what of it is not priced."""
         spec.layout.check(self)
+        if spec.quantised and (self.method != "qlora" or self.quantisation != spec.quantised):
+            raise ValueError(f"{spec.name} is stored in 4 bits ({spec.quantised}): that is method qlora, quantisation "
+                             f"{spec.quantised}, got method {self.method}, quantisation {self.quantisation}")
         if spec.context and self.tokens > spec.context:
             raise ValueError(f"{self.tokens} tokens are more than the context of {spec.name}, {spec.context}")
         for m in self.targets(spec):
@@ -273,6 +276,10 @@ class Serving(Run):
     def assumptions(self) -> str:
         """One line: the stack, its versions, and what it is taken to do."""
         return f"stack {self.stack} ({self.software.versions}): {self.dtype} weights, {self.attention} attention"
+
+    @property
+    def quantisation(self) -> str:
+        return "nf4"
 
     @property
     def method(self) -> str:
