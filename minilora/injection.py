@@ -167,7 +167,8 @@ def without_gradient(model: nn.Module) -> tuple[str, ...]:
 
 def weights_in_codes(model: nn.Module) -> int:
     """How many weights quantised linears hold: no parameters, but weights all the same."""
-    return sum(m.in_features * m.out_features - getattr(m._parameters.get("weight"), "numel", int)() for m in model.modules()
+    return sum(m.in_features * m.out_features - getattr(m._parameters.get("weight"), "numel", int)()
+               for m in model.modules()
                if not isinstance(m, AdapterLayer) and quantised(m))
 
 

@@ -157,7 +157,7 @@ def turning_points(bill: Bill, card: Card | str) -> list[str]:
     """The settings that by themselves change the verdict, and to what."""
     now, found = judge(bill, card).answer, []
     for what, change in OFTEN_OTHERWISE.items():
-        if changed := change(bill.run):
+        if changed := change(bill.run):  # pyright: ignore[reportArgumentType]
             then = judge(priced(bill.spec, replace(bill.run, **changed)), card)
             if then.answer != now:
                 found.append(f"{what}: {then.answer} ({bytes_text(then.need[0])} to {bytes_text(then.need[1])})")

@@ -261,7 +261,7 @@ class ModelSpec:
         linears = self.linears()
         if wanted == ALL_LINEAR:
             return linears
-        config = LoRAConfig(target_modules=wanted or self.layout.targets)
+        config = LoRAConfig(target_modules=wanted or self.layout.targets)  # pyright: ignore[reportArgumentType]
         short = [m.name.rpartition(".")[2] for m in linears]
         for entry in [wanted] if isinstance(wanted, str) else config.target_modules:
             one = LoRAConfig(target_modules=entry if isinstance(wanted, str) else (entry,))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..config import is_number
 from .config_file import suggest
@@ -41,6 +41,7 @@ class Run:
     tokens: int  # that a row may come to have
     dtype: str
     double_quant: bool
+    quantisation: str
     stack: str
     attention: str
     autocast: bool = False
@@ -205,8 +206,9 @@ class Training(Run):
         if stack not in STACKS:
             raise ValueError(f"no stack {stack!r}; {suggest(str(stack), STACKS)}")
         software = STACKS[stack]
-        return cls(**(software.defaults | (software.qlora if given.get("method") == "qlora" else {})
-                      | {"stack": stack} | given))
+        by_method = software.qlora if given.get("method") == "qlora" else {}
+        settings: dict[str, Any] = {**software.defaults, **by_method, "stack": stack, **given}
+        return cls(**settings)
 
     @property
     def stored(self) -> dict[str, int]:
