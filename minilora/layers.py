@@ -81,7 +81,9 @@ class LoRAFunction(torch.autograd.Function):
 def no_view(y: Tensor) -> Tensor:
     """The same memory as a tensor of its own: of a view that a function of ours returns, autograd forbids that the next
     layer (``ReLU(inplace=True)``) changes it in place."""
-    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    if torch.compiler.is_compiling() or not y._is_view():
+        return y
+    return torch.ops.aten._unsafe_view(y, y.shape)
 
 
 class Wrapper(nn.Module):
@@ -256,7 +258,7 @@ class LoRALayer(Wrapper, AdapterLayer):
             return self.base_layer(x)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the compiler fuses the plain form by itself
             return self.plain(x)
-        self.__dict__["unused_reads"] = 0
+        self.__dict__["read_and_not_called"] = False
         frozen = not any(p is not None and p.requires_grad for p in self.base_layer._parameters.values())
         if self.kind == "embedding" or not self.fused or not frozen or execution_device(self.base_layer) is not None:
             return self.plain(x)
@@ -373,19 +375,28 @@ VARIANTS[LoRALayer.variant] = LoRALayer
 
 
 def weight_read(layer: LoRALayer) -> None:
-    """Say once, by name, if a forward reads an adapted layer's weight again and again and never calls the layer: what
-    it computes with that weight knows nothing of the adapter."""
-    frame = sys._getframe(2)
+    """A forward reads an adapted layer's weight. If by the end of the model's next forward nothing has called the layer
+    after such a read, say so once, by name: what is computed with that weight knows nothing of the adapter."""
+    frame, model = sys._getframe(2), None
     caller = frame.f_code.co_qualname
-    while frame is not None and frame.f_code.co_name != "_call_impl":
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl":
+            model = frame.f_locals.get("self")  # in the end the outermost
         frame = frame.f_back
-    if frame is None:
+    if model is None:
         return  # not in a forward: who only looks may look
-    layer.__dict__["unused_reads"] = reads = layer.__dict__.get("unused_reads", 0) + 1
-    if reads == 2:
-        name = layer.__dict__.get("name", "a LoRA layer")
-        warnings.warn(f"{name}: {caller} reads its weight and does not call it, so its adapter does nothing there. "
-                      "Leave it out of target_modules, or merge", stacklevel=3)
+    layer.__dict__["read_and_not_called"] = True
+    if "watched" not in layer.__dict__:
+        layer.__dict__["watched"] = True
+        handles = []
+        handles.append(model.register_forward_hook(partial(say_if_not_called, layer, caller, handles)))
+
+
+def say_if_not_called(layer: LoRALayer, caller: str, handles: list, *_) -> None:
+    handles.pop().remove()
+    if layer.__dict__.get("read_and_not_called") and not layer.merged:
+        warnings.warn(f"{layer.__dict__.get('name', 'a LoRA layer')}: {caller} reads its weight and does not call it, so its "
+                      "adapter does nothing there. Leave it out of target_modules, or merge", stacklevel=2)
 
 
 def keep_mask(like: Tensor, dropout: float, seed: int) -> Tensor:
