@@ -144,9 +144,11 @@ class AdapterBank:
                  "DoRA's lengths are no part of a sum of updates: merge such adapters, or combine plain ones", module)
             base = summands[0][1].base_layer
             wide = widest(summands[0][1].factors()[0])
-            B = torch.cat([weight * layer.scaling * layer.factors()[1].to(wide) for weight, layer in summands], 1)  # (out, R)
+            # (out, R)
+            B = torch.cat([weight * layer.scaling * layer.factors()[1].to(wide) for weight, layer in summands], 1)
             A = torch.cat([layer.factors()[0].to(wide) for _, layer in summands])  # (R, in)
-            require(B.float().isfinite().all(), f"the sum at {module} overflows: the weights are too large", dict(weights))
+            require(B.float().isfinite().all(), f"the sum at {module} overflows: the weights are too large",
+                    dict(weights))
             U, S, Vh = product_svd(B, A)
             kept = min(rank or len(S), len(S))
             root = S[:kept].sqrt()  # (kept,)
@@ -176,8 +178,8 @@ class AdapterBank:
         bases = {module: layer.base_layer for layers in used for module, layer in layers.items()}
         for name, m in self.model.named_modules():
             if getattr(m, "batch_first", True) is False and any(module.startswith(f"{name}.") for module in bases):
-                raise ValueError(f"{name} is a {type(m).__name__} with batch_first=False: rows of a batch come second in "
-                                 "it, and a route goes by the first dimension")
+                raise ValueError(f"{name} is a {type(m).__name__} with batch_first=False: rows of a batch come second "
+                                 "in it, and a route goes by the first dimension")
         with self.instead({}):
             self.place({module: RoutedLayer(module, base, [layers.get(module) for layers in rows])
                         for module, base in bases.items()})
@@ -224,7 +226,8 @@ class AdapterBank:
 
     def need_new(self, name: str) -> None:
         require(isinstance(name, str) and name, "an adapter's name must be a string", name)
-        require(name not in self.entries, "the bank has an adapter of this name: unload it first, or choose another", name)
+        require(name not in self.entries, "the bank has an adapter of this name: unload it first, or choose another",
+                    name)
 
 
 class RoutedLayer(Wrapper):

@@ -1,4 +1,4 @@
-"""The layers of a base that can be adapted: which they are, how to read their weight, and where and in what they compute.
+"""The layers of a base that can be adapted: which they are, how their weight is read, where and in what they compute.
 
 One orientation everywhere: a weight is seen as (out, in), as `dense_weight` returns it. An embedding is a linear on
 one-hot rows: in = rows, out = width.

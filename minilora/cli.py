@@ -55,14 +55,36 @@ def main(arguments: list[str] | None = None) -> int:
         room, what = COMMANDS[name]
         run = getattr(import_module(f"minilora.{room}"), f"{name}_command")
         run(Parser(prog=f"minilora {name}", description=what), rest)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, `head` say, has had enough; nor may the flush at exit complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        said = missing(error) if isinstance(error, ModuleNotFoundError) else str(error)
-        print(plain(f"minilora {name}: {' '.join(said.split())}"), file=sys.stderr)
+        if sys.stdout is not None:  # closed by whoever started this
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` say, has had enough
+        forget_output()
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RecursionError) as error:
+        print(plain(f"minilora {name}: {' '.join(told(error).split())}"), file=sys.stderr)
+        forget_output()
         return 2
+    except KeyboardInterrupt:
+        print(f"minilora {plain(name, 40)}: interrupted", file=sys.stderr)
+        return 130  # as a shell has it
     return 0
+
+
+def forget_output() -> None:
+    """Let what is not yet printed go, where it cannot be: nor may the flush at exit complain (a full disk, a pipe)."""
+    try:
+        sys.stdout.flush()
+    except AttributeError:  # there is none
+        pass
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def told(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return missing(error)
+    if isinstance(error, RecursionError):
+        return f"something is nested too deeply: {error}"
+    return f"there is not enough memory: {error}" if isinstance(error, MemoryError) else str(error)
 
 
 def missing(error: ModuleNotFoundError) -> str:

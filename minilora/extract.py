@@ -25,7 +25,7 @@ from .config import LoRAConfig, entry_matches
 from .layers import LoRALayer
 from .peft_format import keys_of, peft_config
 from .spectrum import LowRank, extract_lora, truncate
-from .tables import plain, table
+from .tables import plain, quoted, table
 
 # weights that are no linear's, by the last part of their name: embeddings and the output head
 NO_LINEAR = re.compile(r".*embed.*|wte|wpe|shared|relative_attention_bias|lm_head|output", re.IGNORECASE)
@@ -184,14 +184,15 @@ def check_targets(targets: Iterable[str], names: Iterable[str]) -> None:
     for target in targets:
         if not any(entry_matches(target, name) for name in names):
             near = get_close_matches(target[:100], {last(name) for name in names}, n=3)
-            raise ValueError(f"target {target!r} matches no weight" + (f"; near: {some(near)}" if near else ""))
+            raise ValueError(f"target {quoted(target)} matches no weight" + (f"; near: {some(near)}" if near else ""))
 
 
 def check_device(device: str) -> None:
+    """Raise a ValueError unless torch can compute there; on "meta" it computes shapes alone."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"cannot compute on {device!r}: {str(e).splitlines()[0]}") from None
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"cannot compute on {quoted(device)}: {str(e).splitlines()[0]}") from None
 
 
 def check_free(out: str | os.PathLike) -> None:

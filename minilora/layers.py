@@ -79,16 +79,21 @@ class LoRAFunction(torch.autograd.Function):
 
 
 def no_view(y: Tensor) -> Tensor:
+<<<<<<< HEAD
     """The same memory as a tensor of its own: of a view that a function of ours returns, autograd forbids that the next
     layer (``ReLU(inplace=True)``) changes it in place."""
     if torch.compiler.is_compiling() or not y._is_view():
         return y
     return torch.ops.aten._unsafe_view(y, y.shape)
+=======
+    """The same memory, no view: autograd forbids an operation in place after a view that a function of ours returns."""
+    return y if torch.compiler.is_compiling() or not y._is_view() else torch.ops.aten._unsafe_view(y, y.shape)
+>>>>>>> main
 
 
 class Wrapper(nn.Module):
-    """A module around a `base_layer`. Code that asks it for a weight, bias or in_features finds the base's, and who sets
-    a weight (to tie it) sets the base's."""
+    """A module around a `base_layer`. Code that asks it for a weight, bias or in_features finds the base's, and who
+    sets a weight (to tie it) sets the base's."""
 
     def __getattr__(self, name: str):
         try:
@@ -316,8 +321,8 @@ class LoRALayer(Wrapper, AdapterLayer):
         if self.merged:
             return self.unmerged[1]
         if hasattr(self.base_layer, "compute_device"):
-            raise ValueError("cannot merge into a streamed weight: it is read-only and only visits the device. Keep the "
-                             "adapter beside it, or load the base whole")
+            raise ValueError("cannot merge into a streamed weight: it is read-only and only visits the device. Keep "
+                             "the adapter beside it, or load the base whole")
         if quantised(self.base_layer):
             raise ValueError("cannot merge into a quantised weight: its levels are too coarse for the update. Keep the "
                              "adapter beside it, or dequantise the base first")

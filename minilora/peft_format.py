@@ -1,4 +1,4 @@
-"""What PEFT calls things: keys of tensors, settings of ``adapter_config.json``, and which of them can be followed here."""
+"""What PEFT calls things: keys of tensors, settings of ``adapter_config.json``, and which can be followed here."""
 
 import re
 import warnings
@@ -15,12 +15,14 @@ from .config import LoRAConfig, entry_matches, variants
 from .injection import adapter_layers, lora_layers
 from .layers import LoRALayer
 from .naming import bare, plain_modules
+from .tables import quoted
 from .trained_copy import TrainedCopy
 
 PREFIX = "base_model.model."
 
 # settings that make an adapter more than A and B on whole layers
-UNSUPPORTED = ("trainable_token_indices", "target_parameters", "layer_replication", "lora_bias", "alora_invocation_tokens", "use_qalora",
+UNSUPPORTED = ("trainable_token_indices", "target_parameters", "layer_replication", "lora_bias",
+               "alora_invocation_tokens", "use_qalora",
                "arrow_config", "use_bdlora", "kasa_config", "monteclora_config", "velora_config", "megatron_config")
 # settings that choose among the layers: the file's tensors name those that were chosen
 CHOOSING = ("layers_to_transform", "layers_pattern", "exclude_modules")
@@ -65,7 +67,7 @@ def format_of(peft_type: str) -> Format:
         import_module(f"{__package__}.{room}")
     forms = {layer.peft_type: Format(PREFIX, written, read_lora) for layer in variants().values()} | FORMATS
     if peft_type not in list(forms):  # a file may say what has no hash
-        raise ValueError(f"is of peft_type {peft_type!r}; only {' or '.join(map(repr, forms))} can be loaded")
+        raise ValueError(f"is of peft_type {quoted(peft_type)}; only {' or '.join(map(repr, forms))} can be loaded")
     return forms[peft_type]
 
 
@@ -165,14 +167,15 @@ def by_names_here(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
 
 def without(config: LoRAConfig, names: list[str], only: bool = False) -> LoRAConfig:
     """The config without the keys of patterns that match none of the modules `names`; `only` these are its targets."""
-    unused = {"rank_pattern": set(config.rank_table.unused(names)), "alpha_pattern": set(config.alpha_table.unused(names))}
+    unused = {"rank_pattern": set(config.rank_table.unused(names)),
+              "alpha_pattern": set(config.alpha_table.unused(names))}
     left = {own: {k: v for k, v in getattr(config, own).items() if k not in keys} for own, keys in unused.items()}
     return replace(config, **left, target_modules=tuple(names) if only else config.target_modules)
 
 
 def as_tensors_say(config: LoRAConfig, values: dict, tensors: dict[str, Tensor]) -> LoRAConfig:
-    """The config of a file with what its tensors say better: which modules a setting such as `layers_to_transform` chose,
-    and which keys of patterns are in use."""
+    """The config of a file with what its tensors say better: which modules a setting such as `layers_to_transform`
+    chose, and which keys of patterns are in use."""
     names = modules_of(tensors, variants()[config.variant])
     if not names:
         return config
@@ -198,7 +201,7 @@ def written(model: nn.Module) -> dict:
 
 
 def task_of(model: nn.Module, head: bool) -> str | None:
-    """PEFT's name of what a Hugging Face model does. A classifier's goes with its head, which PEFT looks for in the file."""
+    """PEFT's name of what a Hugging Face model does. A classifier's goes with its head, which PEFT needs."""
     name, hub = type(model).__name__, getattr(model, "config", None)
     tasks = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
     tasks |= {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"} if head else {}
@@ -215,9 +218,9 @@ def read_lora(values: dict) -> LoRAConfig:
             raise ValueError(f"sets {setting}, which is not supported: an adapter here is A and B on whole "
                              "layers that target_modules names, nothing else")
     if (bias := values.get("bias", "none")) != "none":
-        raise ValueError(f"sets bias={bias!r}, which is not supported: it retrains the base's biases")
+        raise ValueError(f"sets bias={quoted(bias)}, which is not supported: it retrains the base's biases")
     if (start := values.get("init_lora_weights", True)) not in KEEPS_BASE:
-        raise ValueError(f"was initialised by {start!r}, which changes the base's weights: convert it to a "
+        raise ValueError(f"was initialised by {quoted(start)}, which changes the base's weights: convert it to a "
                          "plain adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)")
     found = {ours: values[theirs] for ours, theirs in settings_of(kind).items() if values.get(theirs) is not None}
     own = next((layer.choice for layer in variants().values() if layer.peft_type == kind != LoRALayer.peft_type), {})

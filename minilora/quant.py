@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .bases import dense_weight, kind_of, quantised, shape_of
@@ -155,7 +156,7 @@ def dequantise_absmax(absmax: Tensor, scale: Tensor | None, mean: Tensor | None)
 def in_blocks(flat: Tensor, size: int) -> Tensor:
     """(n,) -> (n / size, size), the last row filled up with zeros."""
     short = -len(flat) % size
-    return (F.pad(flat, (0, short)) if short else flat).view(-1, size)
+    return rearrange(F.pad(flat, (0, short)) if short else flat, "(block size) -> block size", size=size)
 
 
 def unpack(codes: Tensor) -> Tensor:

@@ -31,7 +31,6 @@ from .quant import Linear4bit, traced
 from .rotary import rotary_tables
 from .weight_store import ALIGN, Store, lay_out, skeleton
 
-
 # ---------------------------------------------------------------- what moves
 
 
@@ -69,6 +68,7 @@ class LayerPrefetcher:
         self.holds: list[int | None] = [None, None]  # which shard is in a slot, or on its way there
         self.coming: list[Future | None] = [None, None]
         self.on_fetch: Callable[[int], None] | None = None  # called with the number of the shard that is there
+        self.before_copy: Callable[[int], None] | None = None  # called with the number of the shard that is to come
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         rests = [{(module, table, name): getattr(module, table)[name] for module, table, name in shard}
                  for shard in shards]
@@ -120,6 +120,8 @@ class LayerPrefetcher:
     def copy(self, i: int, free: "torch.cuda.Event | None") -> "tuple[torch.cuda.Event | None, float]":
         """Copy shard i into its slot; what tells that it is there, and the seconds it took."""
         start = perf_counter()
+        if self.before_copy:
+            self.before_copy(i)
         with torch.cuda.stream(self.side) if self.side else nullcontext():
             if self.side:
                 self.side.wait_event(free)
@@ -183,13 +185,17 @@ class StreamedLlama(Llama):
         self.model, self.lm_head = bare.model, bare.lm_head
         dtype, device, decoder = dtype or store.dtype, torch.device(device), self.model
         shards = [[] for _ in range(store.config.num_hidden_layers + 1)]  # the layers, then the head
+        names = [[] for _ in shards]
         for name, (module, table, own) in weights_of(self):
             tied = module is self.lm_head and store.config.tie_word_embeddings
-            rest = store.tensors["model.embed_tokens.weight" if tied else name]
+            at_rest = "model.embed_tokens.weight" if tied else name
+            rest = store.tensors[at_rest]
             if module is decoder.norm:  # stays on the device
-                rest = rest.to(device, dtype)
+                rest = rest.to(device, dtype, copy=True)  # no piece of a mapped file
             elif module is not decoder.embed_tokens:
-                shards[-1 if module is self.lm_head else int(name.split(".")[2])].append((module, table, own))
+                i = -1 if module is self.lm_head else int(name.split(".")[2])
+                shards[i].append((module, table, own))
+                names[i].append(at_rest)
             getattr(module, table)[own] = frozen(rest) if table == "_parameters" else rest
             module.compute_device = device  # where an adapter on it must be
             if isinstance(module, Linear4bit):
@@ -197,6 +203,7 @@ class StreamedLlama(Llama):
         decoder.cos, decoder.sin = (t.to(device, dtype) for t in rotary_tables(store.config))
         decoder.checkpointing = True
         self.visits = LayerPrefetcher(shards, device, dtype, prefetch)
+        self.visits.before_copy = lambda i: store.check_files(names[i])
         # hooks, not modules of our own: whatever looks for a Linear or an Embedding still finds one
         for i, block in enumerate(decoder.layers):
             block.register_forward_pre_hook(lambda block, args, i=i: self.visits.fetch(i))
@@ -207,7 +214,11 @@ class StreamedLlama(Llama):
             return rows.to(device, dtype)  # (B, T, C)
 
         # the embedding stays at rest: a step needs but a row a token
-        decoder.embed_tokens.register_forward_pre_hook(lambda embedding, args: (args[0].to(embedding.weight.device),))
+        def ids_to_rest(embedding: nn.Embedding, args: tuple) -> tuple[Tensor]:
+            store.check_files(["model.embed_tokens.weight"])
+            return (args[0].to(embedding.weight.device),)
+
+        decoder.embed_tokens.register_forward_pre_hook(ids_to_rest)
         decoder.embed_tokens.register_forward_hook(rows_to_device)
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:

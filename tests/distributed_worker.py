@@ -143,6 +143,19 @@ def compare(folder: Path) -> dict:
     return found
 
 
+def waiting(folder: Path, parallel: str, victim: int | None = None) -> None:
+    """A long run; from step 3 on process `victim` is paused, if there is one. Files say which process it is, and that
+    step 3 has been reached."""
+
+    def on_step(step: int, m: nn.Module, log: Log) -> None:
+        if step == 3 and victim in (None, rank()):
+            (folder / "step 3").write_text(str(os.getpid()))
+            if victim is not None:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    run(model(), steps=10**6, parallel=parallel, on_step=on_step)
+
+
 def interrupted(folder: Path, parallel: str, victim: int | None = None) -> dict:
     """A run that saves as it goes; at step 12 process `victim` is killed."""
 
@@ -194,6 +207,8 @@ def main(job: str, folder: Path, *rest: str) -> None:
         found = compare(folder)
     elif job == "verbs":
         found = verbs(folder)
+    elif job == "wait":
+        waiting(folder, rest[0], *map(int, rest[1:]))
     elif job == "kill":
         found = interrupted(folder, rest[0], int(rest[1]))
     else:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,26 +16,36 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small import IDS, SIZES, logits, roundings, shake
 
-from minilora import (LoRAConfig, fingerprint, inject, load_adapter, lora_parameters, merge, plan, remove, report,
-                      save_adapter)
+from minilora import (
+    LoRAConfig,
+    fingerprint,
+    inject,
+    load_adapter,
+    lora_parameters,
+    merge,
+    plan,
+    remove,
+    report,
+    save_adapter,
+    weight_store,
+)
 from minilora import losses as losses_room
-from minilora import weight_store
 from minilora.__main__ import main
 from minilora.injection import adapter_layers
-from minilora.peft_methods import IA3, BitFit, PromptTuning
 from minilora.llama import Cache, Llama, LlamaConfig
 from minilora.losses import masked_cross_entropy
 from minilora.memory import ModelSpec, Training, estimate
 from minilora.memory.costs import moved
 from minilora.memory.decoders.decoder import LOSS_CHUNK
 from minilora.memory.tracer import fake, trace
-from minilora.stream_run import bytes_of
+from minilora.peft_methods import IA3, BitFit, PromptTuning
 from minilora.quant import quantise_model
-from minilora.weight_store import Source, Store, build_store
 from minilora.stream import StreamedLlama
+from minilora.stream_run import bytes_of
 from minilora.train import train
-from small import IDS, SIZES, logits, roundings, shake
+from minilora.weight_store import Source, Store, build_store
 
 SHAPE = SIZES | {"num_hidden_layers": 5, "num_key_value_heads": 2}
 CONFIG = LlamaConfig(**SHAPE, attention_bias=True, attention_out_bias=True)
@@ -366,7 +377,7 @@ def test_random_weights_are_those_of_the_seed(tmp_path):
 
 def interrupted(monkeypatch, folder: Path, shards: int) -> None:
     """Build a store that is stopped after so many shards, in the middle of writing the next."""
-    count, save = iter(range(99)), weight_store.save_file
+    count, save = iter(range(99)), weight_store.save_tensors
 
     def stop(tensors, path, metadata):
         if next(count) == shards:
@@ -375,7 +386,7 @@ def interrupted(monkeypatch, folder: Path, shards: int) -> None:
         save(tensors, path, metadata)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(weight_store, "save_file", stop)
+        patch.setattr(weight_store, "save_tensors", stop)
         build_store(CONFIG, folder, "nf4")
 
 
@@ -433,7 +444,8 @@ def of_another(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage, said", [(flip, "is damaged: its bytes are not those that were written"),
-                                          (cut, "is damaged or not a safetensors file"), (of_another, "is a shard of another store"),
+                                          (cut, "is damaged or not a safetensors file"),
+                                          (of_another, "is a shard of another store"),
                                           (Path.unlink, "lacks layer_00002.safetensors")])
 def test_a_damaged_shard_is_refused_before_anything_runs(tmp_path, damage, said):
     build_store(CONFIG, tmp_path / "store")
@@ -591,3 +603,48 @@ def test_the_plan_of_175b_alone(capsys):
     text = capsys.readouterr().out
     assert "174,566,105,088 weights" in text and "visiting weights" in text and "rtx-4090: fits" in text
     assert bytes_of("VmData") > 0
+
+
+def test_a_budget_below_what_a_process_takes_is_refused(folder, capsys):
+    """Below it C code that gets no memory would end the process, by a fault that Python cannot tell."""
+    line = ["stream", "--config", str(folder / "model"), "--seq", "16", "--steps", "1", "--device", "cpu", "--budget"]
+    for budget in ("1MiB", "3MiB", "10MiB", "30MiB"):
+        assert main([*line, budget]) == 2
+        said = capsys.readouterr().err
+        assert "and a process on the CPU 32.00 MiB for itself: more than the budget of" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("device", ["", "quark", "meta", "gpu", "cpu:0", "cuda:-1", "cuda:x"])
+def test_a_device_that_is_none(device, folder, capsys):
+    assert main(["stream", "--config", str(folder / "model"), "--plan", "--device", device]) == 2
+    assert "device must be cpu, cuda or cuda:NUMBER, got" in capsys.readouterr().err
+
+
+def test_a_layer_that_is_cut_while_it_is_mapped_is_named(folder, tmp_path):
+    """To read it would be SIGBUS, which ends the process."""
+    for shard in ("layer_00003", "embedding", "head"):
+        shutil.copytree(folder / "dense", tmp_path / shard)
+        model = StreamedLlama(Store.open(tmp_path / shard))
+        assert logits(model).isfinite().all()
+        file = tmp_path / shard / f"{shard}.safetensors"
+        size = file.stat().st_size
+        os.truncate(file, size // 2)
+        with pytest.raises(ValueError, match=f"{shard}.safetensors has changed under the run: it had {size:,} bytes"):
+            logits(model)
+        file.unlink()
+        with pytest.raises(ValueError, match="its bytes now, got None"):
+            logits(model)
+    held = StreamedLlama(Store.open(folder / "dense", hold=True))  # needs no file any more
+    assert not held.visits.before_copy(0) and logits(held).isfinite().all()
+
+
+def test_one_builder_at_a_time(folder, tmp_path):
+    with weight_store.builder_of(tmp_path):
+        with pytest.raises(ValueError, match="another process is building a store in .*: wait for it, or name another"):
+            build_store(folder / "model", tmp_path)
+        code = f"from minilora.weight_store import build_store; build_store({str(folder / 'model')!r}, {str(tmp_path)!r})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode != 0 and "another process is building" in done.stderr
+    assert not list(tmp_path.iterdir())
+    build_store(folder / "model", tmp_path)
+    assert Store.open(tmp_path).nbytes == Store.open(folder / "dense").nbytes
