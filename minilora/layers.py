@@ -10,8 +10,6 @@ In the shape comments N stands for all leading dimensions of the input (batch, t
 """
 
 import math
-import sys
-import warnings
 from functools import partial
 
 import torch
@@ -26,6 +24,7 @@ from .bases import (
     output_scale,
     quantised,
     shape_of,
+    weight_read,
     widest,
     words,
 )
@@ -79,16 +78,8 @@ class LoRAFunction(torch.autograd.Function):
 
 
 def no_view(y: Tensor) -> Tensor:
-<<<<<<< HEAD
-    """The same memory as a tensor of its own: of a view that a function of ours returns, autograd forbids that the next
-    layer (``ReLU(inplace=True)``) changes it in place."""
-    if torch.compiler.is_compiling() or not y._is_view():
-        return y
-    return torch.ops.aten._unsafe_view(y, y.shape)
-=======
     """The same memory, no view: autograd forbids an operation in place after a view that a function of ours returns."""
     return y if torch.compiler.is_compiling() or not y._is_view() else torch.ops.aten._unsafe_view(y, y.shape)
->>>>>>> main
 
 
 class Wrapper(nn.Module):
@@ -377,31 +368,6 @@ class LoRALayer(Wrapper, AdapterLayer):
 
 
 VARIANTS[LoRALayer.variant] = LoRALayer
-
-
-def weight_read(layer: LoRALayer) -> None:
-    """A forward reads an adapted layer's weight. If by the end of the model's next forward nothing has called the layer
-    after such a read, say so once, by name: what is computed with that weight knows nothing of the adapter."""
-    frame, model = sys._getframe(2), None
-    caller = frame.f_code.co_qualname
-    while frame is not None:
-        if frame.f_code.co_name == "_call_impl":
-            model = frame.f_locals.get("self")  # in the end the outermost
-        frame = frame.f_back
-    if model is None:
-        return  # not in a forward: who only looks may look
-    layer.__dict__["read_and_not_called"] = True
-    if "watched" not in layer.__dict__:
-        layer.__dict__["watched"] = True
-        handles = []
-        handles.append(model.register_forward_hook(partial(say_if_not_called, layer, caller, handles)))
-
-
-def say_if_not_called(layer: LoRALayer, caller: str, handles: list, *_) -> None:
-    handles.pop().remove()
-    if layer.__dict__.get("read_and_not_called") and not layer.merged:
-        warnings.warn(f"{layer.__dict__.get('name', 'a LoRA layer')}: {caller} reads its weight and does not call it, so its "
-                      "adapter does nothing there. Leave it out of target_modules, or merge", stacklevel=2)
 
 
 def keep_mask(like: Tensor, dropout: float, seed: int) -> Tensor:

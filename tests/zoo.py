@@ -138,7 +138,7 @@ def case(name: str, targets: str, dtype: torch.dtype, compiled: bool = False) ->
             plain, again = outputs(model, name), outputs(model, name)
             # torch's matmul may take another kernel where a weight requires a gradient: "at birth" is as the frozen base
             frozen = outputs(make(name, dtype).requires_grad_(False), name)
-    except Exception as e:  # noqa: BLE001 - a base that does not run in this dtype is none of ours
+    except Exception as e:
         return f"base fails by itself: {type(e).__name__}"
     if not torch.equal(plain, again):
         return "base differs from itself in two forwards"
