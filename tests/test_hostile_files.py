@@ -22,6 +22,7 @@ from minilora import LoRAConfig, cli, load_adapter
 from minilora.adapters import WEIGHTS
 from minilora.adapter_tools import inspect_adapter
 from minilora.peft_format import keys_of, peft_config
+from minilora.stream_run import Peak
 from minilora.tables import plain, quoted
 
 EXAMPLES = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
@@ -114,6 +115,7 @@ def test_a_large_or_strange_config_is_a_few_hundred_characters(text, tmp_path):
         assert said_by(*command).startswith("minilora ")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="measured through /proc")
 def test_a_sparse_file_takes_little_memory(tmp_path):
     """4 GiB of zeros that take no room on the disk, as one factor; it took 12.8 GB of memory to be refused."""
     folder = adapter_of({"up_proj": [1.0]}, tmp_path, 1)
@@ -124,11 +126,9 @@ def test_a_sparse_file_takes_little_memory(tmp_path):
     with open(folder / WEIGHTS, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         f.truncate(8 + len(text) + size + 4)
-    code = ("import resource, sys; from minilora.cli import main\n"
-            "resource.setrlimit(resource.RLIMIT_DATA, (3 * 2**30, 3 * 2**30))\n"
-            f"sys.exit(main(['inspect', {str(folder)!r}]))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 2 and "no layer is so large" in done.stderr and done.stderr.count("\n") == 1
+    with Peak(torch.device("cpu")) as peak:
+        assert "no layer is so large" in said_by("inspect", folder)
+    assert peak.bytes < 2**28
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -163,5 +163,5 @@ def test_an_output_that_takes_nothing(redirected, code):
 
 def test_text_is_escaped_and_cut():
     assert plain("q_proj é 模型") == "q_proj é 模型" and plain("a\x1b[2J\n\u202e\x9b\ud800") == r"a\x1b[2J\n\u202e\x9b\ud800"
-    assert len(plain("x" * 10**7)) < 700 and plain("abc" * 100, 30) == "abc" * 6 + "ab ... " + "abcabcabca"[-10:]
+    assert len(plain("x" * 10**7)) < 700 and plain("abc" * 100, 30) == "abc" * 6 + "ab ... cabcabcabc"
     assert quoted({"a": "\x1b"}) == r"{'a': '\x1b'}" and quoted(10**5000) == "a int too large to be shown"
