@@ -22,9 +22,9 @@ from minilora.__main__ import main
 from minilora.adapter_tools import inspect_adapter, plot_energy
 from minilora.adapters import read_adapter, write_adapter
 from minilora.extract import extract_adapter, truncate_adapter
-from minilora.peft_format import keys_of, peft_config
 from minilora.injection import lora_layers
 from minilora.llama import Llama
+from minilora.peft_format import keys_of, peft_config
 from minilora.spectrum import effective_rank, energy, frobenius, product_svdvals, rank_for_energy, stable_rank
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from minilora import LoRAConfig, load_adapter
 from minilora.adapter_tools import inspect_adapter
 from minilora.adapters import write_adapter
-from minilora.peft_format import keys_of, peft_config
 from minilora.config import ending
 from minilora.extract import truncate_adapter
 from minilora.patterns import MOST_CHARACTERS, PatternTable
+from minilora.peft_format import keys_of, peft_config
 
 ONE = st.sampled_from(["a", "b", "_", "0", r"\.", ".", r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", "[ab]", "[^a]",
                        "[a-c0-9]", r"[\d.]", r"[^\w.]", "\n", "é"])

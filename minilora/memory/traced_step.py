@@ -10,13 +10,13 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from ..bases import dense_weight, kind_of
 from ..config import ALL_LINEAR, LoRAConfig, entry_matches
 from ..injection import inject
-from ..bases import dense_weight, kind_of
 from ..llama import Llama, LlamaConfig
 from ..losses import masked_cross_entropy
-from ..tables import quoted
 from ..quant import quantise_model  # here, not on fake tensors: its levels are computed when it is imported
+from ..tables import quoted
 from .optimizers import OPTIMIZERS
 from .packages import require_package
 from .run import METHODS
