@@ -66,8 +66,8 @@ def dense_4bit(layer: nn.Module) -> Tensor:
     if layer.weight.quant_state is None:
         raise ValueError("a Linear4bit of bitsandbytes is not quantised before .to(device)")
     if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-        raise ValueError("a Linear4bit of bitsandbytes that has run in eval mode on this CPU keeps its codes in another "
-                         "order, which cannot be read: call model.train() before its first forward")
+        raise ValueError("a Linear4bit of bitsandbytes that has run in eval mode on this CPU keeps its codes in "
+                         "another order, which cannot be read: call model.train() before its first forward")
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
