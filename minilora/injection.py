@@ -168,9 +168,9 @@ def without_gradient(model: nn.Module, after_backward: bool = False) -> tuple[st
 
 def weights_in_codes(model: nn.Module) -> int:
     """How many weights quantised linears hold: no parameters, but weights all the same."""
-    return sum(m.in_features * m.out_features - getattr(m._parameters.get("weight"), "numel", int)()
-               for m in model.modules()
-               if not isinstance(m, AdapterLayer) and quantised(m))
+    layers = [m for m in model.modules() if not isinstance(m, AdapterLayer) and quantised(m)]
+    packed = sum(m._parameters["weight"].numel() for m in layers if "weight" in m._parameters)  # bitsandbytes' codes
+    return sum(m.in_features * m.out_features for m in layers) - packed
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
