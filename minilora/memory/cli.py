@@ -192,7 +192,8 @@ def add_option(parser, field) -> None:
     name, default = "--" + field.name.replace("_", "-"), field.default
     by_stack = field.name in SET_BY_STACKS
     if isinstance(default, bool):
-        parser.add_argument(name, action=BooleanOptionalAction, default=SUPPRESS, help="default: as the stack has it" if by_stack else f"default {default}")
+        parser.add_argument(name, action=BooleanOptionalAction, default=SUPPRESS,
+                            help="default: as the stack has it" if by_stack else f"default {default}")
     else:
         known = "".join(f"{value}, " for value in KNOWN.get(field.name, ()))
         parser.add_argument(name, type=type(default), default=SUPPRESS, metavar=field.name.upper(),
@@ -216,8 +217,8 @@ def run_of(options, kind: type = Training, of_base: dict | None = None) -> Train
     targets = options.targets
     if targets and targets != ALL_LINEAR and not set(targets) & set("*+?|()[]{}\\^$"):
         targets = tuple(target.strip() for target in targets.split(","))
-    given = ({"target_modules": targets} if targets else {}) | {f.name: getattr(options, f.name) for f in fields(Training) + fields(Serving)
-                                           if hasattr(options, f.name)}
+    given = {f.name: getattr(options, f.name) for f in fields(Training) + fields(Serving) if hasattr(options, f.name)}
+    given |= {"target_modules": targets} if targets else {}
     if stray := [name for name in given if name not in kind.__dataclass_fields__]:
         raise ValueError(f"--{stray[0].replace('_', '-')} goes " + ("with --serve" if kind is Training else
                          "with training, not with --serve"))
