@@ -220,9 +220,8 @@ def run_of(options, kind: type[R], of_base: dict | None = None) -> R:
     targets = options.targets
     if targets and targets != ALL_LINEAR and not set(targets) & set("*+?|()[]{}\\^$"):
         targets = tuple(target.strip() for target in targets.split(","))
-    given = ({"target_modules": targets} if targets else {}) | {f.name: getattr(options, f.name)
-             for f in fields(Training) + fields(Serving)
-                                           if hasattr(options, f.name)}
+    given = {f.name: getattr(options, f.name) for f in fields(Training) + fields(Serving) if hasattr(options, f.name)}
+    given |= {"target_modules": targets} if targets else {}
     if stray := [name for name in given if name not in kind.__dataclass_fields__]:
         raise ValueError(f"--{stray[0].replace('_', '-')} goes " + ("with --serve" if kind is Training else
                          "with training, not with --serve"))

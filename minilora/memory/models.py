@@ -132,6 +132,7 @@ class Families(MutableMapping[str, Family]):
     """model_type -> family: those in files of `decoders/`, each read when it is first asked for, and any set here."""
 
     no_family = ("decoder", "hugging_face", "minilora")  # files that families share
+    unlisted = ("mixtral_until_4",)  # no config.json calls itself so
 
     def __init__(self):
         self.read: dict[str, Family] = {}
@@ -156,7 +157,7 @@ class Families(MutableMapping[str, Family]):
         return kind in self.read or kind in self.files
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self.files, *self.read)))
+        return iter(name for name in dict.fromkeys((*self.files, *self.read)) if name not in self.unlisted)
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -325,7 +326,8 @@ def read_quantisation(config: object, name: str) -> dict[str, Any]:
     if method == "gptq" and config.get("bits") == 4:
         group = config.get("group_size", -1)
         if type(group) is not int or group < -1 or not group:
-            raise ValueError(f"{name}: quantization_config's group_size must be -1 or a positive integer, got {quoted(group)}")
+            raise ValueError(f"{name}: quantization_config's group_size must be -1 or a positive integer, got "
+                             f"{group!r}")
         return {"quantised": "gptq", "group": max(group, 0)}
     bits = f" in {config.get('bits') or ('8' if config.get('load_in_8bit') else 'unknown')} bits"
     raise ValueError(f"{name}: its weights are stored as {plain(method or 'quantization_config', 80)}{plain(bits, 80)}, which is not priced; "

@@ -22,8 +22,8 @@ QUANTISATIONS = ("nf4", "gptq")
 KNOWN = {"method": METHODS, "optimizer": OPTIMIZERS, "dtype": WIDTH, "stack": STACKS, "attention": ATTENTION,
          "base": BASES, "zero": (0, 1, 2, 3), "loss": LOSSES, "upcast": UPCASTS, "kernels": KERNELS,
          "adapter_dtype": WIDTH, "quantisation": QUANTISATIONS}
-LEAST = {"rank": 1, "group": 0, "batch": 1, "seq": 1, "accumulation": 1, "cards": 1, "prompt": 1,
-         "new": 0, "adapters": 0}
+LEAST = {"rank": 1, "group": 0, "batch": 1, "seq": 1, "accumulation": 1, "cards": 1, "prompt": 1, "new": 0,
+         "adapters": 0}
 
 
 class Run:
@@ -127,8 +127,8 @@ class Training(Run):
         batch, seq: rows of one forward, and tokens in each.
         accumulation: forwards whose gradients are summed before the optimizer's step.
         optimizer: "adamw" (torch's foreach), "adamw_fused", "sgd", "momentum", "adafactor", "lion", or bitsandbytes'
-            "adamw8bit", "paged_adamw" and "paged_adamw8bit", whose states may leave the device: they are not on it
-        here. dtype: of the weights ("bfloat16", "float16", "float32").
+            "adamw8bit", "paged_adamw" and "paged_adamw8bit", whose states may leave the device: here they have.
+        dtype: of the weights ("bfloat16", "float16", "float32").
         adapter_dtype: of PEFT's adapters; ours are fp32.
         autocast: run the forward under 16-bit autocast (mixed precision: with fp32 weights).
         checkpointing: recompute each layer in backward instead of keeping its activations.
