@@ -4,28 +4,26 @@ What is saved here opens in PEFT and vLLM, and what they save opens here. The sa
 fingerprint of the base, so that an adapter on the wrong base is refused, not silently wrong.
 """
 
-import ctypes
 import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from .checkpoints import read_json, read_safetensors
+from .checkpoints import read_safetensors, save_tensors
 from .config import LoRAConfig, variants
 from .distributed import full_tensor, is_main_process
 from .injection import adapter_layers, inject, remove
 from .layers import AdapterLayer, LoRALayer
 from .naming import plain_parameters
-from .peft_format import PREFIX, as_tensors_say, format_of, keys_of, usual_key, without
+from .pair import read_config_of_pair, read_pair, write_pair
+from .peft_format import PREFIX, AdapterFile, as_tensors_say, by_names_here, format_of, keys_of, usual_key, without
 from .planning import planned, trained_whole
 from .tables import quoted
 from .trained_copy import state_of
@@ -34,25 +32,12 @@ CONFIG, WEIGHTS, FINGERPRINT = "adapter_config.json", "adapter_model.safetensors
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of what an adapter's file may hold
 
 
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter as read from disk: its settings, its tensors by their keys, and its base's fingerprint or None.
-
-    `config` is a `LoRAConfig`, or that of a relative.
-    """
-
-    folder: Path
-    config: Any
-    tensors: dict[str, Tensor]
-    base: str | None
-
-
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the model's adapters to `folder`, all at once or not at all: LoRA and its variants in PEFT's format, the
     relatives of peft_methods.py in one like it.
 
-    A PiSSA adapter is written as the plain one of twice the rank that does the same to the untouched base. Where several
-    processes train one model, all call this and the first one writes: the same file as one process would.
+    A PiSSA adapter is written as the plain one of twice the rank that does the same to the untouched base. Where
+    several processes train one model, all call this and the first one writes: the same file as one process would.
 
     Raises:
         ValueError: the model has no adapters, or one that holds NaN or infinite values.
@@ -65,8 +50,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
             raise ValueError(f"{key} holds NaN or infinite values: the training diverged, nothing was saved")
     base, ours = fingerprint(model), {id(p) for layer in adapter_layers(model).values() for p in layer.own().values()}
     if lost := [name for name, p in plain_parameters(model) if p.requires_grad and id(p) not in ours]:
-        warnings.warn(f"{', '.join(lost[:4])}{', ...' * (len(lost) > 4)} can train too and is not saved: an adapter file "
-                      "holds adapters and what modules_to_save names", stacklevel=2)
+        warnings.warn(f"{', '.join(lost[:4])}{', ...' * (len(lost) > 4)} can train too and is not saved: an adapter "
+                      "file holds adapters and what modules_to_save names", stacklevel=2)
     if is_main_process():
         write_adapter(folder, tensors, form.write(model), base)
 
@@ -88,7 +73,7 @@ def insert_adapter(model: nn.Module, adapter: AdapterFile, any_base: bool = Fals
     """`load_adapter`, from an adapter that has been read."""
     lora = isinstance(adapter.config, LoRAConfig)
     if lora:  # before anything is made: a file may ask for a rank that no memory holds
-        adapter = check_fits(adapter, model)
+        adapter = check_fits(by_names_here(adapter, model), model)
     if not any_base:
         check_base(adapter, model)
     inject(model, adapter.config, any_rank=True)
@@ -107,7 +92,8 @@ def places(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model's adapters by their keys on disk."""
     first = first_layer(model)
     prefix = format_of(first.peft_type).prefix
-    own = {f"{prefix}{name}.{end}": t for name, layer in adapter_layers(model).items() for end, t in layer.saved().items()}
+    own = {f"{prefix}{name}.{end}": t for name, layer in adapter_layers(model).items()
+           for end, t in layer.saved().items()}
     return own | first.common()
 
 
@@ -122,11 +108,15 @@ def read_adapter(folder: str | os.PathLike, only: Collection[str] = ()) -> Adapt
         ValueError: no such folder, a file missing or damaged, or an adapter of a kind that is not supported.
     """
     folder = Path(folder)
-    config, (tensors, base) = read_config(folder, only), read_tensors(folder)
-    tensors = {usual_key(key): t for key, t in tensors.items()}
-    if isinstance(config, LoRAConfig):
-        config = as_tensors_say(config, read_settings(folder), tensors)
-    return AdapterFile(folder, config, tensors, base)
+
+    def read() -> AdapterFile:
+        config, (tensors, base) = read_config(folder, only), read_tensors(folder)
+        tensors = {usual_key(key): t for key, t in tensors.items()}
+        if isinstance(config, LoRAConfig):
+            config = as_tensors_say(config, read_settings(folder), tensors)
+        return AdapterFile(folder, config, tensors, base)
+
+    return read_pair(folder, CONFIG, WEIGHTS, read)
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -148,7 +138,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def read_config(folder: Path, only: Collection[str] = ()) -> Any:
-    """``adapter_config.json`` as a `LoRAConfig`, or as the config of a relative. A missing r or alpha means 8, as in PEFT.
+    """``adapter_config.json`` as a `LoRAConfig`, or as a relative's config. A missing r or alpha means 8, as in PEFT.
 
     Raises:
         ValueError: missing, not JSON, of a method unknown here, or asking for what is not supported here.
@@ -165,15 +155,14 @@ def read_config(folder: Path, only: Collection[str] = ()) -> Any:
 
 def read_settings(folder: Path) -> dict:
     """``adapter_config.json`` as it stands; a ValueError if it is missing or holds no JSON object."""
-    path = folder / CONFIG
-    if not path.is_file():
+    if (settings := read_config_of_pair(folder, CONFIG, WEIGHTS)) is None:
         raise ValueError(f"{folder} is no adapter folder: it holds no {CONFIG}")
-    return read_json(path)
+    return settings
 
 
 def check_fits(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
-    """The adapter, whose targets are now those that its tensors name; a module that its targets mean as well (the vision
-    tower's q_proj beside the language model's) and of which it has no tensor is left out, by name.
+    """The adapter, whose targets are now those that its tensors name; a module that its targets mean as well (the
+    vision tower's q_proj beside the language model's) and of which it has no tensor is left out, by name.
 
     Raises:
         ValueError: the first few ways in which modules, ranks or shapes are not those of `model`.
@@ -188,11 +177,12 @@ def check_fits(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     known = [row for row in rows if any(key in adapter.tensors for key in keys[row].values())]
     if 0 < len(known) < len(rows):
         absent = [row.name for row in rows if row not in known]
-        warnings.warn(f"{adapter.folder} has no tensors for {', '.join(absent[:4])}{', ...' * (len(absent) > 4)}, which its "
-                      "targets mean too: left as they are", stacklevel=4)
+        warnings.warn(f"{adapter.folder} has no tensors for {', '.join(absent[:4])}{', ...' * (len(absent) > 4)}, "
+                      "which its targets mean too: left as they are", stacklevel=4)
         adapter, rows = replace(adapter, config=without(adapter.config, [row.name for row in known], True)), known
     expected = {key: layer.shapes(*row.shape, row.rank)[own] for row in rows for own, key in keys[row].items()}
-    expected |= {f"{PREFIX}{name}.{key}": t.shape for name, module in whole.items() for key, t in state_of(module).items()}
+    expected |= {f"{PREFIX}{name}.{key}": t.shape for name, module in whole.items()
+                 for key, t in state_of(module).items()}
     common = layer.common_shapes([row.shape for row in rows], adapter.config.rank)
     expected |= {key: shape for key, shape in common.items() if key in adapter.tensors}
     if wrong := misfits(adapter.tensors, expected, model):
@@ -250,44 +240,11 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def write_adapter(folder: str | os.PathLike, tensors: dict[str, Tensor], config: dict, base: str | None = None) -> None:
-    """Write an adapter folder so that at any moment it holds the old adapter or the new one, whole.
+    """Write an adapter folder so that at any moment `read_adapter` finds the old adapter or the new one, whole: the two
+    files are replaced inside the folder as pair.py says. Everything else in it stays, and so does the folder itself.
 
-    Both files are written to a folder beside it, which then takes its place in one step. Other files in it stay. An
-    OSError means that the disk said no; `folder` is then as it was.
+    The same adapter is the same bytes. An OSError means that the disk said no; the old adapter is still there then.
     """
-    folder = Path(folder).resolve()
-    fresh = folder.with_name(f".{folder.name}.saving")
-    files = {WEIGHTS: save(tensors, {"format": "pt"} | ({FINGERPRINT: base} if base else {})),
-             CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
-    shutil.rmtree(fresh, ignore_errors=True)  # what an interrupted save left
-    try:
-        if folder.exists():
-            shutil.copytree(folder, fresh, symlinks=True, ignore=shutil.ignore_patterns(*files))
-        else:
-            fresh.mkdir(parents=True)
-        for name, data in files.items():
-            with open(fresh / name, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())  # so that a power cut after the exchange finds the bytes
-        exchange(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def exchange(fresh: Path, folder: Path) -> None:
-    """Swap two folders' names in one step (Linux); elsewhere in two, between which `folder` is gone for an instant."""
-    at_cwd, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if not folder.exists():
-        fresh.rename(folder)
-        return
-    try:
-        if ctypes.CDLL(None).renameat2(at_cwd, os.fsencode(fresh), at_cwd, os.fsencode(folder), swap) == 0:
-            return
-    except (AttributeError, OSError, TypeError):
-        pass  # no such call here
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    metadata = {"format": "pt"} | ({FINGERPRINT: base} if base else {})
+    text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    write_pair(Path(folder), CONFIG, WEIGHTS, text, lambda path: save_tensors(tensors, path, metadata))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import insert_adapter, read_adapter
+from .bases import kind_of, output_scale, widest
 from .config import is_number, require, variants
 from .injection import mergeable_layers, need_whole, put_back, remove, unwrap, wrap
-from .bases import kind_of, widest
 from .layers import AdapterLayer, LoRALayer, Wrapper
 from .spectrum import product_svd
 from .tables import table
@@ -144,9 +144,11 @@ class AdapterBank:
                  "DoRA's lengths are no part of a sum of updates: merge such adapters, or combine plain ones", module)
             base = summands[0][1].base_layer
             wide = widest(summands[0][1].factors()[0])
-            B = torch.cat([weight * layer.scaling * layer.factors()[1].to(wide) for weight, layer in summands], 1)  # (out, R)
+            # (out, R)
+            B = torch.cat([weight * layer.scaling * layer.factors()[1].to(wide) for weight, layer in summands], 1)
             A = torch.cat([layer.factors()[0].to(wide) for _, layer in summands])  # (R, in)
-            require(B.float().isfinite().all(), f"the sum at {module} overflows: the weights are too large", dict(weights))
+            require(B.float().isfinite().all(), f"the sum at {module} overflows: the weights are too large",
+                    dict(weights))
             U, S, Vh = product_svd(B, A)
             kept = min(rank or len(S), len(S))
             root = S[:kept].sqrt()  # (kept,)
@@ -176,8 +178,8 @@ class AdapterBank:
         bases = {module: layer.base_layer for layers in used for module, layer in layers.items()}
         for name, m in self.model.named_modules():
             if getattr(m, "batch_first", True) is False and any(module.startswith(f"{name}.") for module in bases):
-                raise ValueError(f"{name} is a {type(m).__name__} with batch_first=False: rows of a batch come second in "
-                                 "it, and a route goes by the first dimension")
+                raise ValueError(f"{name} is a {type(m).__name__} with batch_first=False: rows of a batch come second "
+                                 "in it, and a route goes by the first dimension")
         with self.instead({}):
             self.place({module: RoutedLayer(module, base, [layers.get(module) for layers in rows])
                         for module, base in bases.items()})
@@ -224,7 +226,8 @@ class AdapterBank:
 
     def need_new(self, name: str) -> None:
         require(isinstance(name, str) and name, "an adapter's name must be a string", name)
-        require(name not in self.entries, "the bank has an adapter of this name: unload it first, or choose another", name)
+        require(name not in self.entries, "the bank has an adapter of this name: unload it first, or choose another",
+                    name)
 
 
 class RoutedLayer(Wrapper):
@@ -272,7 +275,7 @@ class RoutedLayer(Wrapper):
             bias = getattr(self.base_layer, "bias", None)
             rows.add_(self.scale.to(y.dtype) * (rows if bias is None else rows - bias.to(y.dtype)))
         if self.kind == "embedding":
-            inner = self.A[self.index[:, None], x.reshape(batch, -1, 1)].to(y.dtype)  # (batch, T, r)
+            inner = (self.A[self.index[:, None], x.reshape(batch, -1, 1)] * output_scale(self.base_layer)).to(y.dtype)  # (batch, T, r)
         else:
             inner = x.reshape(batch, -1, x.shape[-1]).to(y.dtype) @ self.A[self.index].to(y.dtype).mT  # (batch, T, r)
         rows.baddbmm_(inner, self.B[self.index].to(y.dtype))

@@ -1,4 +1,4 @@
-"""The layers of a base that can be adapted: which they are, how to read their weight, and where and in what they compute.
+"""The layers of a base that can be adapted: which they are, how their weight is read, where and in what they compute.
 
 One orientation everywhere: a weight is seen as (out, in), as `dense_weight` returns it. An embedding is a linear on
 one-hot rows: in = rows, out = width.
@@ -21,8 +21,9 @@ def kind_of(module: nn.Module) -> str | None:
         return None
     if forward is nn.Linear.forward:
         return "linear"
-    if forward is nn.Embedding.forward and module.max_norm is None:
-        return "embedding"
+    if isinstance(module, nn.Embedding) and module.max_norm is None:
+        scaled = "ScaledWordEmbedding" in type(module).__name__ and hasattr(module, "embed_scale")
+        return "embedding" if forward is nn.Embedding.forward or scaled else None
     if type(module).__name__ == "Conv1D" and getattr(module, "nf", None) == weight.shape[-1]:
         return "conv1d"
     return None
@@ -49,8 +50,8 @@ def words(kinds: tuple[str, ...]) -> str:
 
 def quantised(module: nn.Module) -> bool:
     """A linear that keeps its weight in codes: ``dequantize()`` gives it as (out, in), or it is bitsandbytes'."""
-    if type(module).__name__ in BITSANDBYTES:
-        return type(module).__module__.startswith("bitsandbytes")
+    if type(module).__name__ in BITSANDBYTES and type(module).__module__.startswith("bitsandbytes"):
+        return True
     return hasattr(module, "dequantize") and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
@@ -76,6 +77,11 @@ def dense_8bit(layer: nn.Module) -> Tensor:
 
 
 BITSANDBYTES = {"Linear4bit": dense_4bit, "Linear8bitLt": dense_8bit}
+
+
+def output_scale(base: nn.Module) -> Tensor | float:
+    """What transformers' scaled embeddings (Gemma 3, BART) multiply their rows by on the way out; else 1."""
+    return getattr(base, "embed_scale", 1) if isinstance(base, nn.Embedding) else 1
 
 
 def dense_weight(base: nn.Module) -> Tensor:

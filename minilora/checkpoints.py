@@ -22,6 +22,7 @@ except ImportError:  # Windows: nobody is told of a writer at work, so what a ki
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import require
@@ -41,11 +42,17 @@ def read_json(path: Path, expected: str = "a checkpoint folder") -> dict:
             damaged or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), path)
     except FileNotFoundError:
         raise ValueError(f"there is no {path.name} in {path.parent}; expected {expected}") from None
     except OSError as e:
         raise ValueError(f"{path} cannot be read: {e.strerror or e}") from None
+
+
+def parse_json(data: bytes, path: Path) -> dict:
+    """The object in the bytes of a JSON file; a ValueError, with its `path`, if they hold none."""
+    try:
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is damaged or not a JSON file: {plain(e, 300)}") from None
     require(isinstance(value, dict), f"{path} must hold an object", value)
@@ -97,7 +104,8 @@ def files_of(folder: Path) -> list[Path]:
     files = [folder / name for name in sorted(names)]
     for file in files:
         if not file.is_file():
-            raise ValueError(f"{folder} holds no {file.name}" + f", which {INDEX} names" * (file != single))
+            raise ValueError(f"{folder} is no checkpoint: it holds no {file.name}"
+                             + (f", which {INDEX} names" if file != single else f" and no {INDEX}"))
     return files
 
 
@@ -157,28 +165,46 @@ def write_file(path: Path, save: Callable[[Path], object]) -> None:
         save(fresh / path.name)
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file whose bytes the tensors and the metadata alone decide: the library's own order of the metadata
+    differs from one process to the next."""
+    save_file(tensors, path, metadata)
+    with open(path, "r+b") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        require(len(text) <= size, "a header that is put in order must not become longer", len(text))
+        f.seek(8)
+        f.write(text.ljust(size))
+
+
 @contextmanager
 def writing(folder: Path, *names: str) -> Iterator[Path]:
     """A new folder inside `folder`, to write files of these names to; after the `with` they stand in `folder`, having
     taken their places one after the other, in this order.
 
-    The new folder's name is unique, so writers do not disturb each other. What a killed writer left is removed, for a
-    living one holds a lock on its folder. A file hands on its mode and, where that is allowed, its owner to the one
-    that replaces it; a hard link to it keeps the old content.
-
     Raises:
         OSError: one could not be written. What stood in `folder` still stands there.
+    """
+    with staged(folder, *names) as fresh:
+        yield fresh
+        settle(fresh, folder, *names)
+        for name in names:
+            os.replace(fresh / name, folder / name)
+
+
+@contextmanager
+def staged(folder: Path, *names: str) -> Iterator[Path]:
+    """A new folder inside `folder`, that goes at the end with what is still in it.
+
+    Its name is unique, so writers do not disturb each other. What a killed writer of the first name left is removed,
+    for a living one holds a lock on its folder. Any error inside is an OSError that says what could not be written.
     """
     fresh, held = None, None
     try:
         fresh, held = new_folder(folder, names[0])
         yield fresh
-        for name in names:
-            take_after(folder / name, fresh / name)
-            with open(fresh / name, "rb") as f:
-                os.fsync(f.fileno())  # so that a power cut after the renaming finds the bytes
-        for name in names:
-            os.replace(fresh / name, folder / name)
     except Exception as e:  # safetensors has an error of its own for a full disk
         raise OSError(f"could not write {' and '.join(names)} to {folder}: {e}") from None
     finally:
@@ -188,30 +214,51 @@ def writing(folder: Path, *names: str) -> Iterator[Path]:
             os.close(held)
 
 
+def settle(fresh: Path, folder: Path, *names: str) -> None:
+    """Make new files ready to take the places of those in `folder`: on the disk, with the mode and owner of the old.
+
+    A hard link to an old file keeps the old content.
+    """
+    for name in names:
+        take_after(folder / name, fresh / name)
+        with open(fresh / name, "rb") as f:
+            os.fsync(f.fileno())  # so that a power cut after the renaming finds the bytes
+
+
 def new_folder(folder: Path, name: str) -> tuple[Path, int | None]:
     """An empty folder for a writer of `name`, and the descriptor that holds its lock; removes those of dead writers."""
     for left in folder.glob(f".{glob_escape(name)}.*.tmp"):
-        if (held := locked(left)) is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(held)
+        with suppress(BlockingIOError):
+            if (held := lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(held)
     while True:
         fresh = folder / f".{name}.{secrets.token_hex(4)}.tmp"
         fresh.mkdir()
-        held = locked(fresh)
-        if fresh.exists():  # else another writer took it for a dead one's in the instant before the lock
-            return fresh, held
+        with suppress(BlockingIOError):
+            held = lock(fresh)
+            if fresh.exists():
+                return fresh, held
+        # another writer took it for a dead one's in the instant before the lock
 
 
-def locked(path: Path) -> int | None:
-    """The descriptor that holds a lock on a file or folder; None if another holds it, or locks are not to be had."""
+def lock(path: Path) -> int | None:
+    """The descriptor that holds a lock on a file or folder; None where the system has none.
+
+    Raises:
+        BlockingIOError: another holds it.
+    """
     held = None
-    with suppress(OSError, AttributeError):
+    try:
         held = os.open(path, os.O_RDONLY)
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return held
-    if held is not None:
-        os.close(held)
-    return None
+    except (OSError, AttributeError) as e:
+        if held is not None:
+            os.close(held)
+        if isinstance(e, BlockingIOError):
+            raise
+        return None
 
 
 def take_after(old: Path, new: Path) -> None:

@@ -27,9 +27,9 @@ class LoRAConfig:
             expression for the whole name, or ``"all-linear"``: every linear but the output head.
         dropout: share of the input's entries that the adapter does not see in training.
         use_rslora: scale by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, 2312.03732).
-        use_dora: the variant that trains each output row's length apart from its direction (Liu et al. 2024, 2402.09353).
-        init: ``"kaiming"`` (A uniform in +-1/sqrt(d_in), B zero) or the name of another variant of the layer, each a
-            file in variants/: ``"pissa"``, ``"lora_fa"``, ``"vera"``.
+        use_dora: the variant that trains each output row's length apart from its direction (Liu et al. 2024,
+        2402.09353). init: ``"kaiming"`` (A uniform in +-1/sqrt(d_in), B zero) or the name of another variant of the
+            layer, each a file in variants/: ``"pissa"``, ``"lora_fa"``, ``"vera"``.
         rank_pattern: ranks for particular modules. A key is a regular expression for the whole name or for its end
             after a dot; the first that matches wins.
         alpha_pattern: the same for alpha.
@@ -61,7 +61,8 @@ class LoRAConfig:
             object.__setattr__(self, "target_modules", targets)
         require(targets and all(isinstance(t, str) and t for t in targets), "target_modules must name modules", targets)
         whole = self.modules_to_save
-        require(not isinstance(whole, str) and isinstance(whole, Iterable), "modules_to_save must be a list of names", whole)
+        require(not isinstance(whole, str) and isinstance(whole, Iterable), "modules_to_save must be a list of names",
+                whole)
         object.__setattr__(self, "modules_to_save", whole := tuple(whole))
         require(all(isinstance(n, str) and n for n in whole), "modules_to_save must be a list of names", whole)
         require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout must be in [0, 1)", self.dropout)
@@ -80,7 +81,7 @@ class LoRAConfig:
             require(self.init in named, f"init must be 'kaiming' or {' or '.join(map(repr, sorted(named)))}", self.init)
             named[self.init].check(self)
             require(not self.use_dora, f"init={self.init!r} and DoRA are two variants: use_dora must be False", True)
-        self.target_table, self.rank_table, self.alpha_table  # noqa: B018 - so that a wrong pattern is told now
+        self.target_table, self.rank_table, self.alpha_table
 
     @cached_property
     def target_table(self) -> PatternTable[bool]:

@@ -304,7 +304,7 @@ SILENT = ("barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd
 
 
 class Wire(TorchDispatchMode):
-    """Counts the bytes that this process sends to others, by kind of exchange. Slows small steps: every operator passes.
+    """Counts the bytes that this process sends to others, by kind of exchange. Small steps get slower.
 
     An exchange of S bytes among n processes costs each (n - 1) / n S, twice that for an all-reduce: what a ring sends,
     and the least that any algorithm can (Patarasuk & Yuan 2009). gloo's reduce-scatter is not a ring: it sends twice as

@@ -13,7 +13,7 @@ from .planning import need_plain, plan, planned, tied, trained_whole
 from .tables import table
 from .trained_copy import TrainedCopy
 
-__all__ = ["plan", "inject", "remove", "merge", "unmerge", "report", "lora_parameters", "loraplus_groups"]
+__all__ = ["inject", "lora_parameters", "loraplus_groups", "merge", "plan", "remove", "report", "unmerge"]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bases import adapter_options, dense_weight, execution_device, kind_of, quantised, shape_of, widest, words
+from .bases import (
+    adapter_options,
+    dense_weight,
+    execution_device,
+    kind_of,
+    output_scale,
+    quantised,
+    shape_of,
+    widest,
+    words,
+)
 from .config import VARIANTS, LoRAConfig, scaling
 
 
@@ -69,14 +79,13 @@ class LoRAFunction(torch.autograd.Function):
 
 
 def no_view(y: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: of a view that a function of ours returns, autograd forbids that the next
-    layer (``ReLU(inplace=True)``) changes it in place."""
-    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    """The same memory, no view: autograd forbids an operation in place after a view that a function of ours returns."""
+    return y if torch.compiler.is_compiling() or not y._is_view() else torch.ops.aten._unsafe_view(y, y.shape)
 
 
 class Wrapper(nn.Module):
-    """A module around a `base_layer`. Code that asks it for a weight, bias or in_features finds the base's, and who sets
-    a weight (to tie it) sets the base's."""
+    """A module around a `base_layer`. Code that asks it for a weight, bias or in_features finds the base's, and who
+    sets a weight (to tie it) sets the base's."""
 
     def __getattr__(self, name: str):
         try:
@@ -259,7 +268,10 @@ class LoRALayer(Wrapper, AdapterLayer):
 
     def product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """``x A^T B^T``, (..., out); for an embedding x holds row numbers."""
-        return (F.embedding(x, A.T, self.base_layer.padding_idx) if self.kind == "embedding" else x @ A.T) @ B.T
+        if self.kind != "embedding":
+            return x @ A.T @ B.T
+        scale = output_scale(self.base_layer)
+        return F.embedding(x, A.T, self.base_layer.padding_idx) @ B.T * (scale.to(B) if isinstance(scale, Tensor) else scale)
 
     @classmethod
     def keys_of(cls, kind: str) -> dict[str, str]:
@@ -301,8 +313,8 @@ class LoRALayer(Wrapper, AdapterLayer):
         if self.merged:
             return self.unmerged[1]
         if hasattr(self.base_layer, "compute_device"):
-            raise ValueError("cannot merge into a streamed weight: it is read-only and only visits the device. Keep the "
-                             "adapter beside it, or load the base whole")
+            raise ValueError("cannot merge into a streamed weight: it is read-only and only visits the device. Keep "
+                             "the adapter beside it, or load the base whole")
         if quantised(self.base_layer):
             raise ValueError("cannot merge into a quantised weight: its levels are too coarse for the update. Keep the "
                              "adapter beside it, or dequantise the base first")

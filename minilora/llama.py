@@ -3,8 +3,8 @@
 Parameter names are Hugging Face's (``model.layers.0.self_attn.q_proj.weight`` ...), so a real Llama, Mistral or
 Qwen2 checkpoint folder loads unchanged, and an adapter trained here opens there.
 
-Sources: Llama (Touvron et al. 2023, arXiv 2302.13971), RMSNorm (Zhang & Sennrich 2019, 1910.07467), grouped-query attention (Ainslie et al. 2023, 2305.13245), SwiGLU (Shazeer 2020,
-2002.05202).
+Sources: Llama (Touvron et al. 2023, arXiv 2302.13971), RMSNorm (Zhang & Sennrich 2019, 1910.07467), grouped-query
+attention (Ainslie et al. 2023, 2305.13245), SwiGLU (Shazeer 2020, 2002.05202).
 
 In the shape comments B is batch, T tokens, C hidden size, H query heads, K key/value heads, D head size, F the MLP's
 width and V the vocabulary.
@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import distributed
-from .checkpoints import CONFIG, MODEL, check_tensors, read_checkpoint, read_json, writing
+from .checkpoints import CONFIG, MODEL, check_tensors, read_checkpoint, read_json, save_tensors, writing
 from .fast_decode import fast_decode
 from .llama_config import LlamaConfig
 from .rotary import rotary_tables, rotate
@@ -61,7 +60,8 @@ class Attention(nn.Module):
                 layer: int) -> Tensor:
         q, k, v = (rearrange(project(x), "b t (h d) -> b h t d", d=self.head_dim)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
-        y = self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, cache, layer)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # by name: what is not rotated is let go before the attention
+        y = self.attend(q, k, v, mask, cache, layer)
         return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: "Cache | None",
@@ -267,6 +267,6 @@ class Llama(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with writing(folder, MODEL, CONFIG) as fresh:
-            save_file(weights, fresh / MODEL, {"format": "pt", **(metadata or {})})
+            save_tensors(weights, fresh / MODEL, {"format": "pt", **(metadata or {})})
             (fresh / CONFIG).write_text(json.dumps(self.config.to_hf(), indent=2) + "\n", encoding="utf-8")
 

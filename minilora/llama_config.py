@@ -44,13 +44,16 @@ class LlamaConfig:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         object.__setattr__(self, "num_key_value_heads", kv_heads)
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
-        require(heads % kv_heads == 0, f"num_attention_heads {heads} must be a multiple of num_key_value_heads", kv_heads)
-        require(self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim must be even for rotary positions", self.head_dim)
-        require(self.max_position_embeddings <= 2**20, "max_position_embeddings must be at most 2**20: a table holds all",
+        require(heads % kv_heads == 0, f"num_attention_heads {heads} must be a multiple of num_key_value_heads",
+                kv_heads)
+        require(self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim must be even for rotary positions",
+                self.head_dim)
+        require(self.max_position_embeddings <= 2**20,
+                "max_position_embeddings must be at most 2**20: a table holds all",
              self.max_position_embeddings)
         qwen2 = self.attention_bias and not self.mlp_bias  # biases on q, k and v alone
-        require(self.attention_out_bias == self.attention_bias or qwen2, "attention_out_bias must equal attention_bias, "
-             "except in Qwen2, which has biases on q, k and v alone", self.attention_out_bias)
+        require(self.attention_out_bias == self.attention_bias or qwen2, "attention_out_bias must equal "
+             "attention_bias, except in Qwen2, which has biases on q, k and v alone", self.attention_out_bias)
         if self.rope_scaling is not None:
             check_rope_scaling(self.rope_scaling)
 

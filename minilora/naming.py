@@ -1,4 +1,4 @@
-"""What a module is called in the bare model: the names on disk and in messages, whatever stands around the modules now."""
+"""What a module is called in the bare model: the names on disk and in messages, whatever stands around modules now."""
 
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches

@@ -1,10 +1,12 @@
-"""What PEFT calls things: keys of tensors, settings of ``adapter_config.json``, and which of them can be followed here."""
+"""What PEFT calls things: keys of tensors, settings of ``adapter_config.json``, and which can be followed here."""
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,12 +21,26 @@ from .trained_copy import TrainedCopy
 PREFIX = "base_model.model."
 
 # settings that make an adapter more than A and B on whole layers
-UNSUPPORTED = ("trainable_token_indices", "target_parameters", "layer_replication", "lora_bias", "alora_invocation_tokens", "use_qalora",
+UNSUPPORTED = ("trainable_token_indices", "target_parameters", "layer_replication", "lora_bias",
+               "alora_invocation_tokens", "use_qalora",
                "arrow_config", "use_bdlora", "kasa_config", "monteclora_config", "velora_config", "megatron_config")
 # settings that choose among the layers: the file's tensors name those that were chosen
 CHOOSING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 # starts that leave the base's weights alone; the others (pissa, olora, corda, loftq, lora_ga) subtract from them
 KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter as read from disk: its settings, its tensors by their keys, and its base's fingerprint or None.
+
+    `config` is a `LoRAConfig`, or that of a relative.
+    """
+
+    folder: Path
+    config: Any
+    tensors: dict[str, Tensor]
+    base: str | None
 
 
 @dataclass(frozen=True)
@@ -113,16 +129,53 @@ def modules_of(keys: Iterable[str], layer: type[LoRALayer]) -> list[str]:
                               if key.startswith(PREFIX) and key.endswith(end)))
 
 
+def moved(names: list[str], here: set[str]) -> tuple[str, str] | None:
+    """(old, new): the beginning of a file's module names, and what a model has in its place ("language_model.model" is
+    "model.language_model" since transformers 4.52). None if no single change, or more than one, gives every name a
+    module of the model."""
+    parts = names[0].split(".")
+    for i in range(len(parts)):  # the smallest beginning first
+        old, rest = ".".join(parts[:i]), "." + ".".join(parts[i:])
+        news = {name.removesuffix(rest) for name in here if name.endswith(rest)} | ({""} if rest[1:] in here else set())
+        fits = [new for new in news if all(renamed(name, old, new) in here for name in names)]
+        if fits:
+            return (old, fits[0]) if len(fits) == 1 else None
+    return None
+
+
+def renamed(name: str, old: str, new: str) -> str | None:
+    """`name` with another beginning; None if it does not begin so."""
+    if old and not name.startswith(f"{old}."):
+        return None
+    rest = name[len(old) + 1:] if old else name
+    return f"{new}.{rest}" if new else rest
+
+
+def by_names_here(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
+    """The adapter by the names of this model, where a version of the architecture has put its modules elsewhere."""
+    names, here = modules_of(adapter.tensors, variants()[adapter.config.variant]), {n for n, _ in plain_modules(model)}
+    if not names or any(name in here for name in names) or not (change := moved(names, here)):
+        return adapter
+    warnings.warn(f"{adapter.folder} names its modules {change[0] or '(nothing)'}. ...; taken for {change[1] or '(nothing)'}. "
+                  "... of this model", stacklevel=4)
+    tensors = {PREFIX + renamed(key.removeprefix(PREFIX), *change): t for key, t in adapter.tensors.items()}
+    config = replace(adapter.config, target_modules=tuple(renamed(name, *change) for name in names), rank_pattern={
+        f"^{re.escape(renamed(n, *change))}": adapter.config.rank_of(n) for n in names}, alpha_pattern={
+        f"^{re.escape(renamed(n, *change))}": adapter.config.alpha_of(n) for n in names})
+    return replace(adapter, config=config, tensors=tensors)
+
+
 def without(config: LoRAConfig, names: list[str], only: bool = False) -> LoRAConfig:
     """The config without the keys of patterns that match none of the modules `names`; `only` these are its targets."""
-    unused = {"rank_pattern": set(config.rank_table.unused(names)), "alpha_pattern": set(config.alpha_table.unused(names))}
+    unused = {"rank_pattern": set(config.rank_table.unused(names)),
+              "alpha_pattern": set(config.alpha_table.unused(names))}
     left = {own: {k: v for k, v in getattr(config, own).items() if k not in keys} for own, keys in unused.items()}
     return replace(config, **left, target_modules=tuple(names) if only else config.target_modules)
 
 
 def as_tensors_say(config: LoRAConfig, values: dict, tensors: dict[str, Tensor]) -> LoRAConfig:
-    """The config of a file with what its tensors say better: which modules a setting such as `layers_to_transform` chose,
-    and which keys of patterns are in use."""
+    """The config of a file with what its tensors say better: which modules a setting such as `layers_to_transform`
+    chose, and which keys of patterns are in use."""
     names = modules_of(tensors, variants()[config.variant])
     if not names:
         return config
@@ -148,7 +201,7 @@ def written(model: nn.Module) -> dict:
 
 
 def task_of(model: nn.Module, head: bool) -> str | None:
-    """PEFT's name of what a Hugging Face model does. A classifier's goes with its head, which PEFT looks for in the file."""
+    """PEFT's name of what a Hugging Face model does. A classifier's goes with its head, which PEFT needs."""
     name, hub = type(model).__name__, getattr(model, "config", None)
     tasks = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
     tasks |= {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"} if head else {}

@@ -1,10 +1,11 @@
-"""What `inject` would adapt: the modules that a config's targets mean, at which rank, and those that are left out, and why."""
+"""What `inject` would adapt: the modules that a config's targets mean, at which rank; which are left out, and why."""
 
 import math
 from collections import defaultdict
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from .bases import adapter_options, execution_device, kind_of, shape_of, why_not, words
 from .config import ALL_LINEAR, LoRAConfig, entry_matches, scaling, variants
@@ -92,8 +93,8 @@ def planned(model: nn.Module, config: LoRAConfig, any_rank: bool = False,
     away = [name for name in targets if any(p.is_meta for p in modules[name].parameters())
             and execution_device(modules[name]) is None]
     if away and not all(p.is_meta for p in model.parameters()):
-        raise ValueError(f"{away[0]} has no weights (it is on the meta device) while other modules have theirs: load the "
-                         "model whole, or let accelerate's dispatch_model bring its weights in")
+        raise ValueError(f"{away[0]} has no weights (it is on the meta device) while other modules have theirs: load "
+                         "the model whole, or let accelerate's dispatch_model bring its weights in")
     for name in targets:
         module, rank, (out, inp) = modules[name], config.rank_of(name), shape_of(modules[name])
         if rank > min(out, inp) and config.target_modules == ALL_LINEAR and rank == config.rank and not any_rank:
@@ -118,8 +119,14 @@ def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig, not
     """The names that the config's targets mean, in the model's order; `kinds` has the modules that can be adapted."""
     wanted, notes = config.target_modules, {} if notes is None else notes
     if wanted == ALL_LINEAR:
-        meant = [name for name, m in modules.items() if isinstance(m, nn.Linear) or kinds.get(name, "embedding") != "embedding"]
+        meant = [name for name, m in modules.items()
+                 if isinstance(m, nn.Linear) or kinds.get(name, "embedding") != "embedding"]
         meant = [name for name in meant if not is_head(model, modules, name)]
+        for name, m in modules.items():
+            for key, p in m._parameters.items() if not isinstance(m, _ConvNd) else ():
+                if p is not None and p.dim() == 3 and min(p.shape) > 1:
+                    notes[f"{name}.{key}"] = (f"left frozen, a parameter of shape {tuple(p.shape)} (experts stacked?): adapters "
+                                              "go around modules")
     elif isinstance(wanted, str):
         meant = [name for name, m in modules.items() if config.matches(name) and (name in kinds or m._parameters)]
     else:
@@ -141,7 +148,8 @@ def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig, not
         what = (f"{quoted(wanted)}: the model has no linear layer besides its head" if wanted == ALL_LINEAR else
                 f"the regular expression {quoted(wanted)} matches no whole name of a module that can be adapted; "
                 f"{suggest(wanted, kinds)}")
-        raise ValueError(f"target_modules{' ' if wanted == ALL_LINEAR else ': '}{what}" + (f" ({': '.join(odd)})" if odd else ""))
+        raise ValueError(f"target_modules{' ' if wanted == ALL_LINEAR else ': '}{what}"
+                         + (f" ({': '.join(odd)})" if odd else ""))
     return found
 
 
@@ -151,7 +159,8 @@ def trained_whole(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     for entry in config.modules_to_save:
         if not any(entry_matches(entry, name) for name in modules):
             raise ValueError(f"modules_to_save: {quoted(entry)} matches no module; {suggest(entry, modules)}")
-    found = {name: m for name, m in modules.items() if any(entry_matches(entry, name) for entry in config.modules_to_save)}
+    found = {name: m for name, m in modules.items()
+             if any(entry_matches(entry, name) for entry in config.modules_to_save)}
     return {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}
 
 

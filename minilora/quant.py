@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
+from .bases import dense_weight, kind_of, quantised, shape_of
 from .config import ALL_LINEAR, LoRAConfig
 from .injection import replace
-from .planning import choose, inside_torch, tied
-from .bases import dense_weight, kind_of, quantised, shape_of
 from .layers import LoRALayer, no_view
+from .planning import choose, inside_torch, tied
 
 BLOCK, ABSMAX_BLOCK = 64, 256  # weights that share an absmax; absmax that share a scale
 FP8 = torch.float8_e4m3fn
@@ -155,7 +156,7 @@ def dequantise_absmax(absmax: Tensor, scale: Tensor | None, mean: Tensor | None)
 def in_blocks(flat: Tensor, size: int) -> Tensor:
     """(n,) -> (n / size, size), the last row filled up with zeros."""
     short = -len(flat) % size
-    return (F.pad(flat, (0, short)) if short else flat).view(-1, size)
+    return rearrange(F.pad(flat, (0, short)) if short else flat, "(block size) -> block size", size=size)
 
 
 def unpack(codes: Tensor) -> Tensor:

@@ -63,9 +63,9 @@ def product_row_norms(B: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def balanced(B: Tensor, A: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``scale * B @ A``, one or many, as 2^exponent (B' * weights) @ A', where the largest entry of each column of B' and of each row
-    of A' is 1 and the largest weight is about 1. On these no step overflows, and a direction whose factors are 1e-20
-    and 1e20 keeps all its digits.
+    """``scale * B @ A``, one or many, as 2^exponent (B' * weights) @ A', where the largest entry of each column of B'
+    and of each row of A' is 1 and the largest weight is about 1. On these no step overflows, and a direction whose
+    factors are 1e-20 and 1e20 keeps all its digits.
 
     Returns:
         B' (..., out, r), A' (..., r, in), weights (..., r), exponent (..., 1) of whole value.

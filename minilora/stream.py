@@ -31,7 +31,6 @@ from .quant import Linear4bit, traced
 from .rotary import rotary_tables
 from .weight_store import ALIGN, Store, lay_out, skeleton
 
-
 # ---------------------------------------------------------------- what moves
 
 

@@ -48,5 +48,5 @@ def bytes_text(count: int) -> str:
 
 
 def wrapped(text: str, indent: int = 0) -> str:
-    """Text in lines that a notebook's page holds, the second and later ones indented; JupyterLab breaks within words."""
+    """Text in lines that a notebook's page holds, later ones indented; JupyterLab breaks within words."""
     return textwrap.fill(text, 110, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import distributed
-from .checkpoints import read_safetensors, write_file
+from .checkpoints import read_safetensors, save_tensors, write_file
 from .config import check_name, is_number, require
 from .injection import without_gradient
 from .losses import IGNORE, masked_cross_entropy
@@ -58,7 +57,8 @@ def seed_everything(seed: int) -> None:
 
 
 def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, steps: int, lr: float,
-          warmup: int = 10, schedule: str = "cosine", weight_decay: float = 0.0, clip: float | None = 1.0, seed: int = 0,
+          warmup: int = 10, schedule: str = "cosine", weight_decay: float = 0.0, clip: float | None = 1.0,
+          seed: int = 0,
           parameters: Iterable | None = None, optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
           on_step: Callable[[int, nn.Module, Log], None] | None = None, checkpoint: str | Path | None = None,
           every: int = 200, stop_at: int | None = None, progress: bool = True, accumulation: int = 1,
@@ -86,8 +86,8 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
         accumulation: in how many parts, one after the other, each process takes its rows of a batch; less memory for
             activations, and no more exchange of gradients than without.
         parallel: how several processes share the model, "ddp" or "fsdp": see `distributed.share_out`. Under "fsdp" it
-            stays shared out, and what reads it afterwards (`save_adapter`, `evaluate`) is to be called in every process.
-            Dropout differs from one process to the other. Without torchrun it makes no difference.
+            stays shared out, and what reads it afterwards (`save_adapter`, `evaluate`) is to be called in every
+            process. Dropout differs from one process to the other. Without torchrun it makes no difference.
 
         loss: called as loss(model, ids, targets, counted) for each part of a batch; `counted` is the number of targets
             of the whole batch to divide the sum by, or None where the part is the batch.
@@ -161,14 +161,14 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
                     (part * processes).backward()  # gradients are averaged over the processes
                     total = total + part.detach()
             if step == starts[0] and rank == 0 and (dead := without_gradient(net)):
-                warnings.warn(f"no gradient reaches the adapters at {', '.join(dead[:5])}{', ...' * (len(dead) > 5)}: they "
-                              "will stay as they started", stacklevel=2)
+                warnings.warn(f"no gradient reaches the adapters at {', '.join(dead[:5])}{', ...' * (len(dead) > 5)}: "
+                              "they will stay as they started", stacklevel=2)
             total = distributed.gathered(total).sum()
             norm = distributed.full_tensor(nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip))
             if not (total.isfinite() and norm.isfinite()):
                 opt.zero_grad()
-                raise ValueError(f"at step {step} the loss is {total.item()} and the gradient's norm {norm.item()}: the "
-                                 f"learning rate {lr} is too high, or the batch has no target")
+                raise ValueError(f"at step {step} the loss is {total.item()} and the gradient's norm {norm.item()}: "
+                                 f"the learning rate {lr} is too high, or the batch has no target")
             log.loss.append(total.item())
             log.lr.append(opt.param_groups[0]["lr"])
             log.grad_norm.append(norm.item())
@@ -199,7 +199,7 @@ def save_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors["rng"] = torch.get_rng_state()
         metadata = {"run": json.dumps(run), "log": json.dumps(asdict(log))}
-        write_file(path, lambda file: save_file(tensors, file, metadata))
+        write_file(path, lambda file: save_tensors(tensors, file, metadata))
     distributed.wait_for_all()
 
 

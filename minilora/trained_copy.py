@@ -1,4 +1,4 @@
-"""Modules that train whole beside the adapters (PEFT's `modules_to_save`): a classifier's head, new embeddings, a norm."""
+"""Modules that train whole beside the adapters (PEFT's `modules_to_save`): a classifier's head, embeddings, a norm."""
 
 import copy
 

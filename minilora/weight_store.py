@@ -17,12 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapters import fingerprint
-from .checkpoints import checksum, locked, read_json, read_safetensors, write_file
+from .checkpoints import checksum, lock, read_json, read_safetensors, save_tensors, write_file
 from .config import require
 from .injection import replace
 from .llama import Block, Llama, LlamaConfig
@@ -214,14 +213,16 @@ def build_store(source: str | Path | LlamaConfig, folder: str | Path, quantise: 
 @contextmanager
 def builder_of(folder: Path) -> Iterator[None]:
     """Inside it no other process builds in `folder`, on systems that have locks; a lock ends with its process."""
-    lock = locked(folder)
-    if lock is None and os.name == "posix":
-        raise ValueError(f"another process is building a store in {folder}: wait for it, or name another folder")
+    try:
+        held = lock(folder)
+    except BlockingIOError:
+        raise ValueError(f"another process is building a store in {folder}: wait for it, or name another "
+                         "folder") from None
     try:
         yield
     finally:
-        if lock is not None:
-            os.close(lock)
+        if held is not None:
+            os.close(held)
 
 
 def finish_store(source: Source, folder: Path, recipe: dict, quantise: str | None, dtype: torch.dtype,
@@ -242,7 +243,7 @@ def finish_store(source: Source, folder: Path, recipe: dict, quantise: str | Non
         tensors = {key: t.cpu().contiguous() for key, t in
                    source.shard(name, plain[name], quantise, device).items()}
         metadata = {"format": "pt", "store": digest_of(recipe), "sha256": checksum(tensors)}
-        write_file(folder / f"{name}.safetensors", partial(save_file, tensors, metadata=metadata))
+        write_file(folder / f"{name}.safetensors", partial(save_tensors, tensors, metadata=metadata))
         del tensors
 
 

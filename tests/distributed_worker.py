@@ -9,15 +9,25 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import small
 import torch
 import torch.distributed as dist
 from torch import nn
 
-import small
-from minilora import (AdapterBank, LoRAConfig, inject, load_adapter, lora_parameters, merge, remove, report,
-                      save_adapter, unmerge)
-from minilora.helpdesk import IGNORE
+from minilora import (
+    AdapterBank,
+    LoRAConfig,
+    inject,
+    load_adapter,
+    lora_parameters,
+    merge,
+    remove,
+    report,
+    save_adapter,
+    unmerge,
+)
 from minilora.distributed import WAYS, Wire, is_main_process
+from minilora.helpdesk import IGNORE
 from minilora.llama import Llama, LlamaConfig
 from minilora.train import Log, train
 

@@ -6,7 +6,6 @@ operation returns 4 to 60 bytes off that boundary, in forward, in backward and i
 shows it.
 """
 
-import os
 import random
 
 import numpy

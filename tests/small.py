@@ -130,7 +130,8 @@ def same(a: dict, b: dict) -> bool:
     )
 
 
-def lora_layer(base: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.0, use_rslora: bool = False, **variant):
+def lora_layer(base: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.0, use_rslora: bool = False,
+               **variant):
     """A layer of the variant that a config with these settings would choose."""
     layer = variants()[LoRAConfig(**variant).variant]
     return layer(base, rank, alpha, dropout, use_rslora)

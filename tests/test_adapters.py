@@ -19,18 +19,20 @@ from torch import nn
 from minilora import (
     LoRAConfig,
     adapters,
+    checkpoints,
     fingerprint,
     inject,
     load_adapter,
     lora_parameters,
     merge,
+    pair,
     remove,
     save_adapter,
     unmerge,
 )
 from minilora.adapters import read_adapter, read_config, write_adapter
-from minilora.peft_format import config_of, peft_config
 from minilora.injection import lora_layers
+from minilora.peft_format import config_of, peft_config
 
 MODELS = {"llama": small.hf_llama, "gpt2": small.gpt2, "bert": small.bert, "ours": small.our_llama}
 # attention, MLP and embedding targets, and one module for a pattern
@@ -563,7 +565,7 @@ def test_saving_over_another_adapter_keeps_other_files(saved):
     assert read_adapter(saved).config.rank == 1 and [p.name for p in saved.parent.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("step", ["os.fsync", "shutil.copytree", "json.dumps"])
+@pytest.mark.parametrize("step", ["os.fsync", "os.replace", "json.dumps"])
 def test_a_failing_disk_leaves_the_old_adapter(saved, monkeypatch, step):
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     model = inject(base_mlp(), LoRAConfig(1, 3, ("up",)))
@@ -572,7 +574,7 @@ def test_a_failing_disk_leaves_the_old_adapter(saved, monkeypatch, step):
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(getattr(adapters, module), name, fail)
+    monkeypatch.setattr(getattr(checkpoints, module), name, fail)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(model, saved)
     monkeypatch.undo()
@@ -581,17 +583,20 @@ def test_a_failing_disk_leaves_the_old_adapter(saved, monkeypatch, step):
     ]
 
 
-def test_where_names_cannot_be_swapped_the_save_still_works(saved, monkeypatch):
-    monkeypatch.setattr(adapters.ctypes, "CDLL", lambda name: object())
+def test_what_an_interrupted_save_left_is_removed(saved):
+    left = saved / ".adapter_model.safetensors.0123abcd.tmp"
+    left.mkdir()
+    (left / "adapter_config.json").write_text("half")
     save_adapter(inject(base_mlp(), LoRAConfig(1, 3, ("up",))), saved)
-    assert read_adapter(saved).config.rank == 1 and [p.name for p in saved.parent.iterdir()] == ["a"]
+    assert read_adapter(saved).config.rank == 1
+    assert sorted(p.name for p in saved.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_what_an_interrupted_save_left_does_not_matter(saved):
-    (saved.parent / ".a.saving").mkdir()
-    (saved.parent / ".a.saving" / "adapter_config.json").write_text("half")
-    save_adapter(inject(base_mlp(), LoRAConfig(1, 3, ("up",))), saved)
-    assert read_adapter(saved).config.rank == 1 and [p.name for p in saved.parent.iterdir()] == ["a"]
+def test_what_a_living_writer_has_there_stays(saved):
+    with checkpoints.staged(saved, "adapter_model.safetensors") as fresh:
+        save_adapter(inject(base_mlp(), LoRAConfig(1, 3, ("up",))), saved)
+        assert fresh.is_dir()
+    assert read_adapter(saved).config.rank == 1 and not fresh.exists()
 
 
 def test_a_folder_reached_by_a_link(saved):
@@ -601,28 +606,38 @@ def test_a_folder_reached_by_a_link(saved):
     assert link.is_symlink() and read_adapter(saved).config.rank == 1
 
 
-def test_after_every_line_of_a_save_one_adapter_is_whole(saved):
-    """What a kill at each line would leave: after every line of the save, and of shutil, the folder is read."""
+@pytest.mark.parametrize("other", [LoRAConfig(1, 3, ("up",)), LoRAConfig(2, 7, ("up", "down")),
+                                   LoRAConfig(2, 4, ("up", "down"))], ids=["other shapes", "other alpha", "same config"])
+def test_after_every_line_of_a_save_one_adapter_is_whole(saved, tmp_path, other):
+    """What a kill at each line would leave: after every line of the save the folder is read, and copied away and read."""
 
-    def now() -> bytes:
-        read_adapter(saved)
-        return b"".join((saved / name).read_bytes() for name in (adapters.CONFIG, adapters.WEIGHTS))
+    def now(folder: Path) -> tuple:
+        found = read_adapter(folder)
+        return found.config, found.base, {key: t.tolist() for key, t in found.tensors.items()}
 
     def look(frame, event, arg):
-        if frame.f_code.co_filename not in (adapters.__file__, shutil.__file__):
+        if frame.f_code.co_filename not in watched:
             return None
         sys.settrace(None)
-        seen.append(now())
+        seen.append(now(saved))
+        if event == "line" and frame.f_code.co_filename == pair.__file__:  # what a killed one left is read, saved over
+            shutil.copytree(saved, tmp_path / "left")
+            save_adapter(third, tmp_path / "left")
+            assert now(tmp_path / "left")[0] == LoRAConfig(4, 1, ("down",))
+            assert {p.name for p in (tmp_path / "left").iterdir()} <= {adapters.CONFIG, adapters.WEIGHTS}
+            shutil.rmtree(tmp_path / "left")
         sys.settrace(look)
         return look
 
-    model, seen, old = inject(base_mlp(), LoRAConfig(1, 3, ("up",))), [], now()
+    watched = {module.__file__ for module in (adapters, checkpoints, pair)}
+    third = inject(base_mlp(), LoRAConfig(4, 1, ("down",)))
+    model, seen, old = inject(base_mlp(), other), [], now(saved)
     sys.settrace(look)
     try:
         save_adapter(model, saved)
     finally:
         sys.settrace(None)
-    new, swap = now(), seen.index(now())
+    new, swap = now(saved), seen.index(now(saved))
     assert old != new and seen == [old] * swap + [new] * (len(seen) - swap) and 50 < swap < len(seen) - 1
 
 

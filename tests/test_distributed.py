@@ -1,4 +1,4 @@
-"""Several processes under torchrun, on gloo: the numbers of one process, the bytes of the closed form, one end for all."""
+"""Several processes under torchrun, on gloo: the numbers of one process, the bytes of the formula, one end for all."""
 
 import json
 import os
@@ -12,15 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
-from distributed_worker import ADAPTER, DOUBLE, SHAPE, STEPS, VARIANTS, at_birth, interrupted, model, run, variant
+from distributed_worker import ADAPTER, DOUBLE, SHAPE, STEPS, VARIANTS, at_birth, model, run, variant
 from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minilora import load_adapter, lora_parameters, save_adapter
 from minilora.adapters import read_adapter
-from minilora.helpdesk import DATA
 from minilora.distributed import WAYS, Wire, patience
 from minilora.experiments import measured
+from minilora.helpdesk import DATA
 from minilora.llama import Llama
 from minilora.memory import ModelSpec, Training, estimate
 

@@ -9,15 +9,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from small import IDS, MLP, Conv1D, gpt2, hf_llama, logits, our_llama, same, shake, state
+from small import IDS, MLP, Conv1D, hf_llama, logits, same, shake, state
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from minilora import (AdapterBank, LoRAConfig, fingerprint, inject, load_adapter, lora_parameters, merge, plan, remove,
-                      report, save_adapter, unmerge)
+from minilora import (
+    AdapterBank,
+    LoRAConfig,
+    fingerprint,
+    inject,
+    load_adapter,
+    lora_parameters,
+    merge,
+    plan,
+    remove,
+    report,
+    save_adapter,
+    unmerge,
+)
 from minilora.adapters import WEIGHTS
 from minilora.injection import lora_layers
-from minilora.bases import kind_of
 from minilora.layers import LoRALayer
 from minilora.quant import Linear4bit
 from minilora.train import train
@@ -32,7 +43,8 @@ ALL = LoRAConfig(2, 4, "all-linear")
 @pytest.mark.parametrize("base", ["linear", "no bias", "conv1d", "4-bit"])
 @pytest.mark.parametrize("after", [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)], ids=["relu", "dropout"])
 def test_an_operation_in_place_may_follow(base, dropout, after):
-    make = {"linear": lambda: nn.Linear(8, 8), "no bias": lambda: nn.Linear(8, 8, bias=False), "conv1d": lambda: Conv1D(8, 8),
+    make = {"linear": lambda: nn.Linear(8, 8), "no bias": lambda: nn.Linear(8, 8, bias=False),
+            "conv1d": lambda: Conv1D(8, 8),
             "4-bit": lambda: Linear4bit.from_linear(nn.Linear(8, 8))}[base]
     model = inject(nn.Sequential(make(), after), LoRAConfig(2, 4, ("0",), dropout=dropout))
     shake(model)
@@ -190,7 +202,7 @@ def test_tying_again_under_an_adapter_leaves_the_base_whole(target, when):
 def test_a_base_partly_on_meta_is_refused_by_name():
     model = MLP()
     model.down = nn.Linear(20, 6, device="meta")
-    with pytest.raises(ValueError, match="down has no weights .it is on the meta device. while other modules have theirs"):
+    with pytest.raises(ValueError, match="down has no weights .it is on the meta device. while other modules have"):
         inject(model, ALL)
     assert isinstance(model.up, nn.Linear)
 
@@ -228,7 +240,8 @@ def test_made_on_meta_it_starts_right_once_it_has_memory(variant):
     for name in ("up", "down"):
         getattr(model, name).base_layer.load_state_dict(getattr(plain, name).state_dict())
     for module in model.modules():
-        if hasattr(module, "reset_parameters") and "base_layer" not in module.__dict__ and type(module) is not nn.Linear:
+        wrapper = "base_layer" in module.__dict__
+        if hasattr(module, "reset_parameters") and not wrapper and type(module) is not nn.Linear:
             module.reset_parameters()
     x = torch.randn(3, 12)
     assert torch.equal(model(x), plain(x))
@@ -243,8 +256,8 @@ def test_made_on_meta_it_starts_right_once_it_has_memory(variant):
 def test_a_float8_weight_is_refused_with_the_reason(dtype):
     model = MLP()
     model.up.weight = nn.Parameter(model.up.weight.to(dtype), requires_grad=False)
-    with pytest.raises(ValueError, match="'up' matches up, a Linear, which cannot be adapted: its weight is a Parameter of "
-                                         f"{dtype}: load the base in a 16-bit"):
+    with pytest.raises(ValueError, match="'up' matches up, a Linear, which cannot be adapted: its weight is a "
+                                         f"Parameter of {dtype}: load the base in a 16-bit"):
         inject(model, LoRAConfig(2, 4, ("up",)))
     made = plan(model, ALL)
     assert [row.name for row in made] == ["down"] and str(dtype) in made.notes["up"]
@@ -367,7 +380,8 @@ def test_the_adapters_name_in_keys_is_no_matter(tmp_path):
 def test_a_target_of_which_the_file_has_no_tensor_is_left_out_by_name(tmp_path):
     pefts(tmp_path, target_modules=["q_proj", "v_proj"])
     rewrite(tmp_path, lambda key: "" if "layers.0.self_attn.v_proj" in key else key)
-    with pytest.warns(UserWarning, match="has no tensors for model.layers.0.self_attn.v_proj, which its targets mean too"):
+    with pytest.warns(UserWarning, match="has no tensors for model.layers.0.self_attn.v_proj, "
+                                         "which its targets mean too"):
         assert len(lora_layers(load_adapter(hf_llama(), tmp_path))) == 3
     rewrite(tmp_path, lambda key: "" if "layers.1.self_attn.v_proj.lora_A" in key else key)
     with pytest.raises(ValueError, match="layers.1.self_attn.v_proj.lora_A.weight is missing"):
@@ -414,7 +428,8 @@ def bert_classifier() -> nn.Module:
 
     torch.manual_seed(0)
     return BertForSequenceClassification(BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=64, num_labels=3)).eval()
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=64,
+        num_labels=3)).eval()
 
 
 WHOLE = LoRAConfig(2, 4, ("query", "value"), modules_to_save=("classifier",))
@@ -473,7 +488,7 @@ def test_pefts_head_opens_here(tmp_path):
             if p.requires_grad:
                 p.add_(torch.randn_like(p) * 0.1)
     theirs.save_pretrained(tmp_path)
-    assert "score" in json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]  # which Bert has not
+    assert "score" in json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]  # not Bert's
     ours = load_adapter(bert_classifier(), tmp_path)
     assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
 
@@ -499,3 +514,68 @@ def test_a_saved_adapter_names_its_base_and_task(tmp_path):
     save_adapter(model, tmp_path / "a")
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")
     assert torch.allclose(logits(theirs), logits(model), atol=1e-5)
+
+
+# Names, scales and shapes of other models
+
+
+class Tower(nn.Module):
+    def __init__(self, inner: str, path: str):
+        super().__init__()
+        self.add_module(inner, nn.Module())
+        getattr(self, inner).add_module(path, MLP())
+
+    def forward(self, x):
+        return next(next(self.children()).children())(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*names its modules")
+def test_modules_that_a_version_has_moved_are_found_and_said(tmp_path):
+    torch.manual_seed(0)
+    old, new = Tower("language_model", "model"), Tower("model", "language_model")
+    new.model.language_model.load_state_dict(old.language_model.model.state_dict())
+    inject(old, LoRAConfig(2, 4, ("up", "down"), rank_pattern={"up": 3}))
+    shake(old)
+    save_adapter(old, tmp_path)
+    with pytest.warns(UserWarning, match="names its modules language_model.model. ...; taken for model.language_model. ..."):
+        load_adapter(new, tmp_path, any_base=True)
+    x = torch.randn(3, 12)
+    assert torch.allclose(new(x), old(x), atol=1e-6) and new.model.language_model.up.rank == 3
+    two = nn.ModuleDict({"a": Tower("b", "c"), "d": Tower("b", "e")})  # two places that it could mean
+    with pytest.raises(ValueError, match="does not fit this model"):
+        load_adapter(two, tmp_path, any_base=True)
+    assert not any(isinstance(m, LoRALayer) for m in two.modules())
+
+
+def test_scaled_embeddings_are_adapted_as_peft_does(tmp_path):
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    def gemma():
+        torch.manual_seed(0)
+        return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                                  num_attention_heads=4, num_key_value_heads=2, head_dim=8)).eval()
+
+    model = gemma()
+    plain = logits(model)
+    inject(model, LoRAConfig(2, 4, ("embed_tokens", "q_proj")))
+    assert torch.equal(logits(model), plain)
+    shake(model)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(gemma(), tmp_path)
+    assert torch.allclose(logits(theirs), logits(model), atol=1e-4)
+    assert (logits(model) - plain).abs().max() > 1e-3
+    bank = AdapterBank(gemma())
+    bank.load("a", tmp_path)
+    with torch.no_grad(), bank.route(["a", None, "a"]):
+        routed = bank.model(IDS).logits
+    assert torch.allclose(routed[::2], logits(model)[::2], atol=1e-4)
+
+
+def test_the_plan_names_experts_that_stay_frozen():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                             num_attention_heads=4, num_key_value_heads=2, num_local_experts=4))
+    notes = plan(model, ALL).notes
+    experts = [name for name, note in notes.items() if "left frozen, a parameter of shape (4," in note]
+    assert len(experts) == 2 and all("experts" in name for name in experts)

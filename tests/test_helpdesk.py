@@ -12,9 +12,33 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoRAConfig, helpdesk, inject, lora_parameters
-from minilora.helpdesk import (DATA, IGNORE, PLAIN, SPLITS, TASKS, TICKET, TONE, Example, Tokenizer, answer, batches,
-                               catalogue, cipher_table, collate, conversation, draw, encipher, endless_batches,
-                               evaluate, load_base, load_task, tokenizer, vocabulary, world, write_files)
+from minilora.helpdesk import (
+    DATA,
+    IGNORE,
+    PLAIN,
+    SPLITS,
+    TASKS,
+    TICKET,
+    TONE,
+    Example,
+    Tokenizer,
+    answer,
+    batches,
+    catalogue,
+    cipher_table,
+    collate,
+    conversation,
+    draw,
+    encipher,
+    endless_batches,
+    evaluate,
+    load_base,
+    load_task,
+    tokenizer,
+    vocabulary,
+    world,
+    write_files,
+)
 from minilora.llama import Llama, LlamaConfig
 from minilora.train import train
 

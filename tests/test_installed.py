@@ -1,4 +1,4 @@
-"""The package as a stranger has it: a wheel in an environment of its own, used from an empty folder, without a checkout."""
+"""The package as a stranger has it: a wheel in an environment of its own, used from an empty folder, no checkout."""
 
 import importlib.metadata
 import os
@@ -66,7 +66,8 @@ def place(tmp_path_factory):
     work.mkdir()
 
     def run(*words, code: int = 0) -> subprocess.CompletedProcess:
-        done = subprocess.run([scripts / words[0], *words[1:]], cwd=work, env=environment, capture_output=True, text=True)
+        done = subprocess.run([scripts / words[0], *words[1:]], cwd=work, env=environment,
+                              capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         return done
 
@@ -88,8 +89,9 @@ def test_a_stranger_tunes_and_looks_inside(place):
 
 
 def test_the_commands_that_need_no_torch(place):
-    assert "fits" in place("minilora", "memory", "--model", "llama-3-8b", "--method", "qlora", "--card", "rtx-4090").stdout
-    assert "rtx-4090" in place("minilora", "fit", "--model", "llama-3-8b", "--method", "qlora").stdout
+    asked = ["--model", "llama-3-8b", "--method", "qlora"]
+    assert "fits" in place("minilora", "memory", *asked, "--card", "rtx-4090").stdout
+    assert "rtx-4090" in place("minilora", "fit", *asked).stdout
     for name in ("models", "cards", "claims"):
         assert place("python", "-m", "minilora", name).stdout.count("\n") > 5
     assert place("minilora", "--version").stdout == f"minilora {minilora.__version__}\n"

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import our_llama, roundings
+from small import our_llama, roundings, shake
 
 from minilora import LoRAConfig, fast_decode, inject, llama, merge
 from minilora.llama import Cache, Llama, LlamaConfig
@@ -149,7 +149,7 @@ def test_rope_settings_of_older_transformers(tmp_path):
 def test_rotary_frequencies_fall_from_one_to_one_over_theta():
     """theta ** (-2 i / D) radians a position, for pair i of D / 2 (RoFormer, 3.2.2)."""
     config = LlamaConfig(**SIZES, rope_theta=1000.0)  # D is 8
-    assert llama.rope_frequencies(config).tolist() == pytest.approx([1000 ** (-i / 4) for i in range(4)], rel=1e-6)
+    assert rope_frequencies(config).tolist() == pytest.approx([1000 ** (-i / 4) for i in range(4)], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind, settings, context", [
@@ -268,22 +268,26 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(llama, "save_file", full)
+        patch.setattr(llama, "save_tensors", full)
         Llama(LlamaConfig(**SIZES), 1).save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert torch.equal(Llama.from_pretrained(tmp_path)(IDS), our_llama()(IDS))
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_a_model_with_adapters_is_not_saved_as_a_checkpoint(merged, tmp_path):
+def test_a_model_with_adapters_is_not_saved_as_a_checkpoint(tmp_path):
     model = inject(our_llama(), LoRAConfig())
-    if merged:
-        merge(model)
     with pytest.raises(ValueError, match=r"no plain Llama, it has .*q_proj.*save_adapter"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    merge(model, permanent=True)
+
+
+@pytest.mark.parametrize("permanent", [False, True])
+def test_a_merged_model_is_saved_as_a_plain_checkpoint(permanent, tmp_path):
+    model = inject(our_llama(), LoRAConfig())
+    shake(model)
+    merge(model, permanent=permanent)
     model.save_pretrained(tmp_path / "new")
+    assert not torch.equal(model(IDS), our_llama()(IDS))
     assert torch.equal(Llama.from_pretrained(tmp_path / "new")(IDS), model(IDS))
 
 

@@ -57,7 +57,8 @@ def test_a_room_of_ours_that_is_not_there_is_no_missing_package(monkeypatch):
 
 
 def test_every_extra_that_is_named_is_there():
-    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
     for package, extra in cli.EXTRAS.items():
         assert any(package.lower() in line.lower() for line in extras[extra]), (package, extra)
 

@@ -1,5 +1,6 @@
 """Stacks: what their releases set, what the command takes for granted and says, what a setting is worth."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -20,8 +21,8 @@ def test_in_python_a_run_is_ours_and_on_the_command_line_trl_s(capsys):
     assert Training().stack == "minilora" and not Training().checkpointing
     assert main(["memory", "--model", "llama-3-8b", "--seq", "64"]) == 0
     first = capsys.readouterr().out.partition("\n\n")[0].replace("\n", " ")
-    assert first == ("stack trl (trl 1.16, transformers 5.23, peft 0.21): bfloat16 weights, autocast, float32 adapters, "
-                     "loss in chunks, optimizer adamw_fused, fused attention, checkpointing")
+    assert first == ("stack trl (trl 1.16, transformers 5.23, peft 0.21): bfloat16 weights, autocast, float32 "
+                     "adapters, loss in chunks, optimizer adamw_fused, fused attention, checkpointing")
 
 
 @pytest.mark.parametrize("stack", STACKS)
@@ -105,3 +106,39 @@ def test_what_would_change_the_verdict_is_named(capsys):
     assert main(f"{command} --no-checkpointing".split()) == 0
     out = capsys.readouterr().out.replace("\n", " ")
     assert "rtx-4090: does not fit" in out and "with checkpointing: fits" in out
+
+
+def quantised(**how) -> dict:
+    return {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 4,
+            "intermediate_size": 512, "vocab_size": 1000, "quantization_config": how}
+
+
+@pytest.mark.parametrize("how, stored", [
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ("nf4", 0)), ({"load_in_4bit": True}, ("nf4", 0)),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 64}, ("gptq", 64)),
+    ({"quant_method": "gptq", "bits": 4, "group_size": -1}, ("gptq", 0))])
+def test_a_base_stored_in_four_bits_is_priced_as_stored(how, stored, tmp_path, capsys):
+    spec = ModelSpec.from_config(quantised(**how))
+    assert (spec.quantised, spec.group) == stored
+    with pytest.raises(ValueError, match=f"is stored in 4 bits \\({stored[0]}\\): that is method qlora"):
+        estimate(spec, Training.of_stack("trl"))
+    (tmp_path / "config.json").write_text(json.dumps(quantised(**how)))
+    assert main(["memory", "--config", str(tmp_path), "--seq", "32", "--json"]) == 0
+    run = json.loads(capsys.readouterr().out)["run"]
+    assert run["method"] == "qlora" and run["quantisation"] == stored[0]
+
+
+@pytest.mark.parametrize("how, words", [
+    ({"quant_method": "awq", "bits": 4}, "stored as awq in 4 bits, which is not priced"),
+    ({"quant_method": "fp8"}, "stored as fp8"), ({"quant_method": "mxfp4"}, "stored as mxfp4"),
+    ({"quant_method": "gptq", "bits": 8}, "stored as gptq in 8 bits"),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "stored as bitsandbytes in 8 bits"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": "x"}, "group_size must be")])
+def test_a_base_stored_otherwise_is_refused_by_name(how, words):
+    with pytest.raises(ValueError, match=words):
+        ModelSpec.from_config(quantised(**how))
+
+
+def test_what_is_said_of_quantisation_must_be_an_object():
+    with pytest.raises(ValueError, match="quantization_config must be an object"):
+        ModelSpec.from_config(quantised() | {"quantization_config": 4})

@@ -15,13 +15,34 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from minilora import (LoRAConfig, LoRALayer, inject, load_adapter, lora_parameters, merge, plots, quant, remove,
-                      report, save_adapter)
-from minilora.experiments import in_few_bits
+from minilora import (
+    LoRAConfig,
+    inject,
+    load_adapter,
+    lora_parameters,
+    merge,
+    plots,
+    quant,
+    remove,
+    report,
+    save_adapter,
+)
 from minilora.bases import kind_of
+from minilora.experiments import in_few_bits
 from minilora.llama import Llama, LlamaConfig
-from minilora.quant import (FP8, LEVELS, Linear4bit, QuantisedTensor, dequantise, dequantise_absmax, nf4_levels,
-                            quantisation_error, quantise, quantise_model, unpack)
+from minilora.quant import (
+    FP8,
+    LEVELS,
+    Linear4bit,
+    QuantisedTensor,
+    dequantise,
+    dequantise_absmax,
+    nf4_levels,
+    quantisation_error,
+    quantise,
+    quantise_model,
+    unpack,
+)
 
 # QLoRA, appendix E
 PUBLISHED = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,

@@ -16,26 +16,36 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small import IDS, SIZES, logits, roundings, shake
 
-from minilora import (LoRAConfig, fingerprint, inject, load_adapter, lora_parameters, merge, plan, remove, report,
-                      save_adapter)
+from minilora import (
+    LoRAConfig,
+    fingerprint,
+    inject,
+    load_adapter,
+    lora_parameters,
+    merge,
+    plan,
+    remove,
+    report,
+    save_adapter,
+    weight_store,
+)
 from minilora import losses as losses_room
-from minilora import weight_store
 from minilora.__main__ import main
 from minilora.injection import adapter_layers
-from minilora.peft_methods import IA3, BitFit, PromptTuning
 from minilora.llama import Cache, Llama, LlamaConfig
 from minilora.losses import masked_cross_entropy
 from minilora.memory import ModelSpec, Training, estimate
 from minilora.memory.costs import moved
 from minilora.memory.decoders.decoder import LOSS_CHUNK
 from minilora.memory.tracer import fake, trace
-from minilora.stream_run import bytes_of
+from minilora.peft_methods import IA3, BitFit, PromptTuning
 from minilora.quant import quantise_model
-from minilora.weight_store import Source, Store, build_store
 from minilora.stream import StreamedLlama
+from minilora.stream_run import bytes_of
 from minilora.train import train
-from small import IDS, SIZES, logits, roundings, shake
+from minilora.weight_store import Source, Store, build_store
 
 SHAPE = SIZES | {"num_hidden_layers": 5, "num_key_value_heads": 2}
 CONFIG = LlamaConfig(**SHAPE, attention_bias=True, attention_out_bias=True)
@@ -367,7 +377,7 @@ def test_random_weights_are_those_of_the_seed(tmp_path):
 
 def interrupted(monkeypatch, folder: Path, shards: int) -> None:
     """Build a store that is stopped after so many shards, in the middle of writing the next."""
-    count, save = iter(range(99)), weight_store.save_file
+    count, save = iter(range(99)), weight_store.save_tensors
 
     def stop(tensors, path, metadata):
         if next(count) == shards:
@@ -376,7 +386,7 @@ def interrupted(monkeypatch, folder: Path, shards: int) -> None:
         save(tensors, path, metadata)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(weight_store, "save_file", stop)
+        patch.setattr(weight_store, "save_tensors", stop)
         build_store(CONFIG, folder, "nf4")
 
 
@@ -434,7 +444,8 @@ def of_another(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage, said", [(flip, "is damaged: its bytes are not those that were written"),
-                                          (cut, "is damaged or not a safetensors file"), (of_another, "is a shard of another store"),
+                                          (cut, "is damaged or not a safetensors file"),
+                                          (of_another, "is a shard of another store"),
                                           (Path.unlink, "lacks layer_00002.safetensors")])
 def test_a_damaged_shard_is_refused_before_anything_runs(tmp_path, damage, said):
     build_store(CONFIG, tmp_path / "store")

@@ -1,9 +1,9 @@
-"""The help-desk world: customers write, the desk answers. Everything here is made up, by this package and data/world.json.
+"""The help-desk world: customers write, the desk answers. Everything here is made up, by this room and data/world.json.
 
 A conversation is one line of tokens, and only the reply is learnt:
 
-    <system> ticket : field name code ; join |  <customer> hello , mia here . it is about k4827 . <agent> name ...  <end>
-    \\____________ prompt: read, never scored ________________________________________________________/ \\_ reply _/
+    <system> ticket : field name code ; join | <customer> hello , mia here . it is about k4827 . <agent> name ...  <end>
+    \\____________ prompt: read, never scored _______________________________________________________/ \\_ reply _/
 
 `general` is the broad corpus the base is pretrained on: plain answers, answers in a house style that the system line
 describes, tickets in a layout that it describes, and answers from facts that it lists. The four tasks adapt the base:
@@ -20,8 +20,22 @@ occur in training. ``python -m minilora.helpdesk`` writes all files again, byte 
 from ..losses import IGNORE
 from ..shipped import DATA
 from .evaluation import Score, answer, evaluate, evaluating, load_base
-from .generator import (PLAIN, TICKET, TONE, Example, catalogue, cipher_table, conversation, draw, draw_message,
-                        encipher, style_reply, ticket_reply, vocabulary, world)
+from .generator import (
+                        PLAIN,
+                        TICKET,
+                        TONE,
+                        Example,
+                        catalogue,
+                        cipher_table,
+                        conversation,
+                        draw,
+                        draw_message,
+                        encipher,
+                        style_reply,
+                        ticket_reply,
+                        vocabulary,
+                        world,
+)
 from .names import BASES, SPLITS, TASKS
 from .tasks import Task, batches, collate, endless_batches, load_task, read_examples, task_file, write_files
 from .tokens import Tokenizer, tokenizer

@@ -9,7 +9,7 @@ from .tasks import write_files
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m minilora.helpdesk", description="Write the tokenizer and the tasks.")
+    parser = argparse.ArgumentParser(prog="python -m minilora.helpdesk", description="Write tokenizer and tasks.")
     parser.add_argument("--folder", type=Path, help="where to; data/ of the checkout by default")
     try:
         write_files(written(parser.parse_args(arguments).folder, "--folder, for the tokenizer and the tasks"))

@@ -11,10 +11,10 @@ from ..config import check_name, require
 from ..llama import Llama
 from ..losses import IGNORE
 from ..shipped import DATA
+from .generator import Example, conversation
 from .names import BASES
 from .tasks import collate
 from .tokens import tokenizer
-from .generator import Example, conversation
 
 
 class Score(NamedTuple):

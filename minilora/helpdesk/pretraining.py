@@ -27,7 +27,7 @@ A Llama-style decoder of {parameters:,} parameters for the made-up support conve
 - Time: {hours:.2f} hours on {threads} threads, torch {torch}
 - Held-out (`general`, test file): loss {score.loss:.4f} nats a token, exact match {score.exact:.1%}
 - The loss of every tenth step is in `log.json`.
-"""
+"""  # noqa: E501
 
 
 def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: float, seed: int = 0,
@@ -76,7 +76,8 @@ def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: fl
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m minilora.helpdesk.pretraining", description="Pretrain the base of the notebooks.")
+    parser = argparse.ArgumentParser(prog="python -m minilora.helpdesk.pretraining",
+                                     description="Pretrain the base of the notebooks.")
     parser.add_argument("--folder", type=Path, help="where to; data/ of the checkout by default")
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--more", type=int, default=2000)
@@ -84,7 +85,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parallel", choices=distributed.WAYS, help="under torchrun: how its processes share the model")
+    parser.add_argument("--parallel", choices=distributed.WAYS, help="under torchrun: how processes share the model")
     try:
         options = vars(parser.parse_args(arguments))
         pretrain(written(options.pop("folder"), "the base"), **options)

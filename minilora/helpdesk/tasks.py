@@ -13,9 +13,9 @@ from torch import Tensor
 from ..config import check_name, require
 from ..losses import IGNORE
 from ..shipped import DATA
+from .generator import Example, draw, vocabulary
 from .names import SPLITS, TASKS
 from .tokens import Tokenizer, tokenizer
-from .generator import Example, draw, vocabulary
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,9 @@ def memory_command(parser, arguments: list[str]) -> None:
         if field.name not in Training.__dataclass_fields__:
             add_option(serving, field)
     options = parser.parse_args(arguments)
-    run = run_of(options, Serving if options.serve else Training)
-    bill = estimate(spec_of(options), run)
+    spec = spec_of(options)
+    run = run_of(options, Serving if options.serve else Training, stored_as(spec))
+    bill = estimate(spec, run)
     verdict = None
     if options.card is not None:
         from .fitting import judge, turning_points
@@ -55,8 +56,9 @@ def fit_command(parser, arguments: list[str]) -> None:
     add_run_options(parser)
     parser.add_argument("--card", help="one of those that `cards` lists; without it, all of them")
     options = parser.parse_args(arguments)
-    run = run_of(options, Training)
-    found = fit(spec_of(options), run, options.card)
+    spec = spec_of(options)
+    run = run_of(options, Training, stored_as(spec))
+    found = fit(spec, run, options.card)
     if options.json:
         print(json.dumps({"assumptions": run.assumptions()} | found.to_dict(), indent=2))
     else:
@@ -165,7 +167,8 @@ def add_option(parser, field) -> None:
     name, default = "--" + field.name.replace("_", "-"), field.default
     by_stack = field.name in SET_BY_STACKS
     if isinstance(default, bool):
-        parser.add_argument(name, action=BooleanOptionalAction, default=SUPPRESS, help="default: as the stack has it" if by_stack else f"default {default}")
+        parser.add_argument(name, action=BooleanOptionalAction, default=SUPPRESS,
+                            help="default: as the stack has it" if by_stack else f"default {default}")
     else:
         known = "".join(f"{value}, " for value in KNOWN.get(field.name, ()))
         parser.add_argument(name, type=type(default), default=SUPPRESS, metavar=field.name.upper(),
@@ -179,14 +182,22 @@ def spec_of(options) -> ModelSpec:
     return ModelSpec.preset(options.model) if options.model is not None else ModelSpec.from_config(options.config, options.family)
 
 
-def run_of(options, kind: type[R]) -> R:
+def stored_as(spec: ModelSpec) -> dict:
+    """What a base that is stored in 4 bits says of a run on it."""
+    return {"method": "qlora", "quantisation": spec.quantised, "group": spec.group} if spec.quantised else {}
+
+
+def run_of(options, kind: type[R], of_base: dict | None = None) -> R:
+    """The run that the options say; `of_base` holds where they do not."""
     targets = options.targets
     if targets and targets != ALL_LINEAR and not set(targets) & set("*+?|()[]{}\\^$"):
         targets = tuple(target.strip() for target in targets.split(","))
-    given = ({"target_modules": targets} if targets else {}) | {f.name: getattr(options, f.name) for f in fields(Training) + fields(Serving)
+    given = ({"target_modules": targets} if targets else {}) | {f.name: getattr(options, f.name)
+             for f in fields(Training) + fields(Serving)
                                            if hasattr(options, f.name)}
     if stray := [name for name in given if name not in kind.__dataclass_fields__]:
         raise ValueError(f"--{stray[0].replace('_', '-')} goes " + ("with --serve" if kind is Training else
                          "with training, not with --serve"))
+    given = {name: value for name, value in (of_base or {}).items() if name in kind.__dataclass_fields__} | given
     stack = given.pop("stack", DEFAULT_STACK if kind is Training else "minilora")
     return Training.of_stack(stack, **given) if kind is Training else kind(stack=stack, **given)

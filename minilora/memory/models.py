@@ -91,6 +91,10 @@ class Family:
                 *(Linear(name, ups, spec.hidden, spec.mlp_bias) for name in self.up),
                 Linear(self.down, spec.hidden, spec.ffn, spec.mlp_bias))
 
+    def extra_norms(self, spec: "ModelSpec") -> dict[str, int]:
+        """Norms inside a layer that are not as wide as the residual stream: name -> width."""
+        return {}
+
     def check(self, run: Any) -> None:
         """Refuse what of this family's step is not priced."""
 
@@ -185,6 +189,8 @@ class ModelSpec:
         embedding: width of the token embedding; hidden, but in OPT-350M.
         last_norm: whether a norm stands before the head (all but OPT-350M).
         experts, experts_a_token: MLPs of a layer, and how many of them a token goes through; 0: there is one MLP.
+        quantised: how its linears are stored, if in 4 bits, "nf4" or "gptq"; group: weights to a scale in GPTQ, 0: all
+            of a column.
     """
 
     name: str
@@ -209,6 +215,8 @@ class ModelSpec:
     last_norm: bool = True
     experts: int = 0
     experts_a_token: int = 0
+    quantised: str = ""
+    group: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "embedding", self.embedding or self.hidden)
@@ -228,7 +236,8 @@ class ModelSpec:
 
     @property
     def layer_parameters(self) -> int:
-        return sum(m.parameters for m in self.linears()) + self.layout.norms * self.norm_parameters
+        extra = sum(self.layout.extra_norms(self).values())
+        return sum(m.parameters for m in self.linears()) + self.layout.norms * self.norm_parameters + extra
 
     @property
     def outer_parameters(self) -> int:
@@ -300,7 +309,27 @@ class ModelSpec:
         if experts:
             raise ValueError(f"{name}: {experts} is {quoted(config[experts])}; layers of several experts are not priced")
         sizes = FAMILIES[kind].read(Fields(config, name, kind, FAMILIES[kind].names))
+        sizes |= read_quantisation(config.get("quantization_config"), name)
         return cls(name=plain(config.get("_name_or_path") or name, 80), family=kind, **sizes)
+
+
+def read_quantisation(config: object, name: str) -> dict[str, Any]:
+    """What a config.json says of how its weights are stored, or the reason why that is not priced."""
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{name}: quantization_config must be an object with fields, got {quoted(config)}")
+    method = config.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in config else None)
+    if method == "bitsandbytes" and config.get("load_in_4bit"):
+        return {"quantised": "nf4"}
+    if method == "gptq" and config.get("bits") == 4:
+        group = config.get("group_size", -1)
+        if type(group) is not int or group < -1 or not group:
+            raise ValueError(f"{name}: quantization_config's group_size must be -1 or a positive integer, got {quoted(group)}")
+        return {"quantised": "gptq", "group": max(group, 0)}
+    bits = f" in {config.get('bits') or ('8' if config.get('load_in_8bit') else 'unknown')} bits"
+    raise ValueError(f"{name}: its weights are stored as {plain(method or 'quantization_config', 80)}{plain(bits, 80)}, which is not priced; "
+                     "priced are bitsandbytes in 4 bits, gptq in 4 bits, and weights in 16 or 32")
 
 
 def unknown_family(kind: object, config: Mapping, name: str) -> str:

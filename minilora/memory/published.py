@@ -22,7 +22,7 @@ MASK = 8  # bytes a token: attention_mask, beside ids and labels
 GRANITE = {"model_type": "granite", "num_hidden_layers": 40, "hidden_size": 2304, "num_attention_heads": 36,
            "num_key_value_heads": 36, "intermediate_size": 9216, "vocab_size": 49152, "max_position_embeddings": 4096,
            "tie_word_embeddings": True, "_name_or_path": "PowerLM-3b"}
-MIXTRAL = {"model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
+MIXTRAL = {"model_type": "mixtral_until_4", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
            "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 32000, "num_local_experts": 8,
            "num_experts_per_tok": 2, "max_position_embeddings": 32768, "_name_or_path": "Mixtral-8x7B"}
 WHOLE_COLUMNS = ("Llama-2-70B", "Mixtral")  # GPTQ checkpoints without groups; the others have groups of 128
@@ -75,7 +75,8 @@ class Measured:
         return Training.of_stack(
             "transformers-4.45" if of_2024 else "transformers-4.48",
             method="qlora" if quantised else r["method"], batch=int(r["batch"]), seq=int(r["seq"]), cards=cards,
-            zero=3 if cards > 1 else 0, dtype=r["dtype"], autocast="true" in (r["bf16_autocast"] + r["fp16_autocast"]).lower(),
+            zero=3 if cards > 1 else 0, dtype=r["dtype"],
+            autocast="true" in (r["bf16_autocast"] + r["fp16_autocast"]).lower(),
             **({} if full else {"rank": int(float(r["rank"])), "dropout": float(r["dropout"]),
                                 "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")}),
             quantisation="gptq" if "gptq" in framework else "nf4",
@@ -126,7 +127,8 @@ def summary(rows: list[Measured]) -> list[tuple[str, ...]]:
         for several in (False, True):
             off = [m.predicted / m.peak - 1 for m in rows if not m.left_out and (m.run.cards > 1) == several
                    and kind == (m.run.quantisation if m.run.method == "qlora" else m.run.method)]
-            lines.append((f"{name}, {'2 and 4 cards, FSDP' if several else '1 card'}", str(len(off)), f"{mean(off):.2%}",
+            lines.append((f"{name}, {'2 and 4 cards, FSDP' if several else '1 card'}", str(len(off)),
+                          f"{mean(off):.2%}",
                           f"{min(off):+.2%}", f"{max(off):+.2%}"))
     off = [m.predicted / m.peak - 1 for m in rows if not m.left_out]
     return [*lines, ("all", str(len(off)), f"{mean(off):.2%}", f"{min(off):+.2%}", f"{max(off):+.2%}")]

@@ -22,7 +22,8 @@ QUANTISATIONS = ("nf4", "gptq")
 KNOWN = {"method": METHODS, "optimizer": OPTIMIZERS, "dtype": WIDTH, "stack": STACKS, "attention": ATTENTION,
          "base": BASES, "zero": (0, 1, 2, 3), "loss": LOSSES, "upcast": UPCASTS, "kernels": KERNELS,
          "adapter_dtype": WIDTH, "quantisation": QUANTISATIONS}
-LEAST = {"rank": 1, "group": 0, "batch": 1, "seq": 1, "accumulation": 1, "cards": 1, "prompt": 1, "new": 0, "adapters": 0}
+LEAST = {"rank": 1, "group": 0, "batch": 1, "seq": 1, "accumulation": 1, "cards": 1, "prompt": 1,
+         "new": 0, "adapters": 0}
 
 
 class Run:
@@ -69,6 +70,9 @@ class Run:
     def check(self, spec: ModelSpec) -> None:
         """Refuse what this model cannot do, and what of it is not priced."""
         spec.layout.check(self)
+        if spec.quantised and (self.method != "qlora" or self.quantisation != spec.quantised):
+            raise ValueError(f"{spec.name} is stored in 4 bits ({spec.quantised}): that is method qlora, quantisation "
+                             f"{spec.quantised}, got method {self.method}, quantisation {self.quantisation}")
         if spec.context and self.tokens > spec.context:
             raise ValueError(f"{self.tokens} tokens are more than the context of {spec.name}, {spec.context}")
         for m in self.targets(spec):
@@ -76,8 +80,8 @@ class Run:
                 raise ValueError(f"rank {self.rank} is larger than {m.name} allows: its weight is {m.out} x {m.inp}, "
                                  f"so at most {min(m.out, m.inp)}")
         if self.attention != "fused" and self.own_decoder(spec):
-            raise ValueError(f"our decoder has fused attention alone; {self.attention} attention is of the other stacks, "
-                             "such as stack transformers")
+            raise ValueError(f"our decoder has fused attention alone; {self.attention} attention is of the other "
+                             "stacks, such as stack transformers")
 
     def targets(self, spec: ModelSpec) -> tuple[Linear, ...]:
         """The matrices of a layer that have an adapter."""
@@ -122,8 +126,8 @@ class Training(Run):
         batch, seq: rows of one forward, and tokens in each.
         accumulation: forwards whose gradients are summed before the optimizer's step.
         optimizer: "adamw" (torch's foreach), "adamw_fused", "sgd", "momentum", "adafactor", "lion", or bitsandbytes'
-            "adamw8bit", "paged_adamw" and "paged_adamw8bit", whose states may leave the device: they are not on it here.
-        dtype: of the weights ("bfloat16", "float16", "float32").
+            "adamw8bit", "paged_adamw" and "paged_adamw8bit", whose states may leave the device: they are not on it
+        here. dtype: of the weights ("bfloat16", "float16", "float32").
         adapter_dtype: of PEFT's adapters; ours are fp32.
         autocast: run the forward under 16-bit autocast (mixed precision: with fp32 weights).
         checkpointing: recompute each layer in backward instead of keeping its activations.
@@ -131,8 +135,8 @@ class Training(Run):
         double_quant: NF4's blocks' absmax in 8 bits too (QLoRA, section 3). group: weights of a column that share a
             scale in GPTQ, 0: all.
         stack: whose code runs, a name in `stacks.STACKS`: "minilora" (our decoder, or where we have none transformers',
-            with our adapters), or "transformers", "trl", "unsloth" (transformers' decoder, PEFT's adapters, a 4-bit base
-            by bitsandbytes). `of_stack` sets the rest as the stack's release does.
+            with our adapters), or "transformers", "trl", "unsloth" (transformers' decoder, PEFT's adapters, a 4-bit
+            base by bitsandbytes). `of_stack` sets the rest as the stack's release does.
         loss: "whole" (all logits in fp32), "chunked" (TRL's: by tiles; ours: 512 tokens at a time), "fused" (Liger's).
         upcast: what is fp32 on a 4-bit base of PEFT's: "all" that is no matrix of a layer, as
             `prepare_model_for_kbit_training` makes it; "norms" alone, as trl 0.13 left it; "none".
@@ -270,6 +274,10 @@ class Serving(Run):
     def assumptions(self) -> str:
         """One line: the stack, its versions, and what it is taken to do."""
         return f"stack {self.stack} ({self.software.versions}): {self.dtype} weights, {self.attention} attention"
+
+    @property
+    def quantisation(self) -> str:
+        return "nf4"
 
     @property
     def method(self) -> str:

@@ -24,7 +24,6 @@ class Stack:
         reentrant: checkpoints are (`Ledger.checkpoint_as_one_node`).
         fsdp1: weights on several cards are gathered as by torch's first FSDP (`fsdp`); else two layers at all times.
         old_mistral: Mistral's attention makes rotary tables a layer and repeats keys and values (`decoders.mistral`).
-        expert_linears: each expert of a layer has matrices of its own (transformers until version 4).
         offloads: checkpointed layers' inputs wait on the host.
         defaults: how its current release sets the fields of `Training`. qlora: and on a 4-bit base.
     """
@@ -38,7 +37,6 @@ class Stack:
     reentrant: bool = False
     fsdp1: bool = False
     old_mistral: bool = False
-    expert_linears: bool = False
     offloads: bool = False
     defaults: Mapping[str, object] = field(default_factory=dict)
     qlora: Mapping[str, object] = field(default_factory=dict)
@@ -64,8 +62,8 @@ STACKS = {
                      defaults={"checkpointing": True, "autocast": True, "loss": "chunked", "optimizer": "adamw8bit",
                                "upcast": "none", "kernels": "unsloth"}),
     "transformers-4.48": Stack("transformers 4.48.1, peft 0.13.2, trl 0.13.0, torch 2.4.1, flash-attn 2.7",
-                               shift="logits", reentrant=True, fsdp1=True, expert_linears=True, defaults=OF_THEIR_TIME),
+                               shift="logits", reentrant=True, fsdp1=True, defaults=OF_THEIR_TIME),
     "transformers-4.45": Stack("transformers 4.45.2, peft 0.13.2, trl 0.11.4, torch 2.4.1, flash-attn 2.7",
                                shift="logits", keeps_logits=False, reentrant=True, fsdp1=True, old_mistral=True,
-                               expert_linears=True, defaults=OF_THEIR_TIME),
+                               defaults=OF_THEIR_TIME),
 }

@@ -1,12 +1,12 @@
-"""VeRA: one random A and B for all layers, of which each trains two vectors (Kopiczko et al. 2023, arXiv 2310.11454)."""
+"""VeRA: one random A and B for all layers, each trains two vectors (Kopiczko et al. 2023, arXiv 2310.11454)."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 
-from ..config import LoRAConfig, require
 from ..bases import shape_of
+from ..config import LoRAConfig, require
 from ..layers import LoRALayer
 
 D_START = 0.1  # where d starts; b starts at zero (table 6)
@@ -41,7 +41,8 @@ class VeRA(LoRALayer):
     """``W + diag(b) B diag(d) A`` (eq. 2): r + out trained parameters a layer, d and b. alpha plays no part."""
 
     variant, peft_type = "vera", "VERA"
-    settings = {"rank": "r", "target_modules": "target_modules", "dropout": "vera_dropout", "seed": "projection_prng_key"}
+    settings = {"rank": "r", "target_modules": "target_modules", "dropout": "vera_dropout",
+                "seed": "projection_prng_key"}
     constants = {"d_initial": D_START, "save_projection": True, "init_weights": True}
     keys = {"vera_lambda_d": "vera_lambda_d", "vera_lambda_b": "vera_lambda_b"}
     kinds = ("linear", "conv1d")
@@ -53,7 +54,8 @@ class VeRA(LoRALayer):
     @classmethod
     def check(cls, config: LoRAConfig) -> None:
         odd = config.use_rslora or config.rank_pattern or config.alpha_pattern or config.alpha != LoRAConfig.alpha
-        require(not odd, "init='vera' has one rank and no alpha: leave alpha, rsLoRA and the patterns as they are", config)
+        require(not odd, "init='vera' has one rank and no alpha: leave alpha, rsLoRA and the patterns as they are",
+                config)
 
     @classmethod
     def shared(cls, shapes: list[tuple[int, int]], config: LoRAConfig) -> dict:

@@ -21,8 +21,8 @@ from torch import nn
 
 from minilora import LoRAConfig, inject, load_adapter, lora_parameters, save_adapter
 from minilora.adapters import CONFIG, WEIGHTS
-from minilora.peft_format import config_of, keys_of, peft_config
 from minilora.injection import lora_layers
+from minilora.peft_format import config_of, keys_of, peft_config
 
 
 def base() -> nn.Module:

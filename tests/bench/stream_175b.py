@@ -17,8 +17,8 @@ from minilora import LoRAConfig, inject, lora_parameters
 from minilora.llama import LlamaConfig
 from minilora.memory import ModelSpec, Training, estimate
 from minilora.memory.tracer import fake, trace
-from minilora.weight_store import Store
 from minilora.stream import StreamedLlama
+from minilora.weight_store import Store
 
 GIB = 2**30
 

@@ -28,8 +28,8 @@ import torch
 
 from minilora import LoRAConfig, inject, lora_parameters
 from minilora.llama import LlamaConfig
-from minilora.weight_store import Store, build_store
 from minilora.stream import StreamedLlama
+from minilora.weight_store import Store, build_store
 
 CONFIG = LlamaConfig(4096, 1024, 2816, 32, 8, max_position_embeddings=512)
 PAGE, DONTNEED = os.sysconf("SC_PAGESIZE"), 4  # MADV_DONTNEED

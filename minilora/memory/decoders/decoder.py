@@ -4,6 +4,8 @@ In the shape comments N is batch x tokens, T tokens, C the hidden size, H query 
 F the MLP's width, V the vocabulary, r the rank; sizes are element counts.
 """
 
+from functools import partial
+
 from ..activations import POWER
 from ..ledger import WIDTH, Tensor
 from ..linears import LINEARS, OurLinear
@@ -37,6 +39,8 @@ class Decoder:
         for i in range(layers):
             ops.place = ("start", i)
             matrices = {m.name: linear(ops, m, run, m in adapted) for m in spec.linears()}
+            matrices |= {name: partial(self.norm, weights=self.norm_weight(width))
+                         for name, width in spec.layout.extra_norms(spec).items()}
             self.layers.append((matrices, [self.norm_weight() for _ in range(spec.layout.norms)]))
         ops.place = ("start", None)
         self.last_norm = self.norm_weight() if spec.last_norm else None
@@ -66,11 +70,11 @@ class Decoder:
     def weight(self, count: int, name: str, rows: int = 0) -> Tensor:
         return self.ops.weight(count, WIDTH[self.run.outer_dtype], name, self.run.method == "full", rows)
 
-    def norm_weight(self) -> tuple[Tensor, ...]:
+    def norm_weight(self, width: int = 0) -> tuple[Tensor, ...]:
         """Weight, and LayerNorm's bias. unsloth's kernel for RMSNorm gives the weight no gradient, so it stays."""
         rms, run = self.spec.layout.rms, self.run
         trains = run.method == "full" and not (rms and run.kernels == "unsloth")
-        return tuple(self.ops.weight(self.spec.hidden, WIDTH[run.norm_dtype], "norm", trains)
+        return tuple(self.ops.weight(width or self.spec.hidden, WIDTH[run.norm_dtype], "norm", trains)
                      for _ in range(1 if rms else 2))
 
     def decode(self) -> Tensor:
@@ -82,7 +86,7 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             ops.place = ("forward", i)
 
-            def run(x: Tensor, layer=layer, tables=self.tables_of(tables, i), held=held[1:2]) -> Tensor:
+            def run(x: Tensor, layer=layer, tables=self.tables_of(tables, i), held=held[1:2]) -> Tensor:  # noqa: B008
                 return self.block(x, layer, tables)
 
             x = ops.checkpoint(run, x) if self.run.checkpointing else run(x)
@@ -133,10 +137,10 @@ class Decoder:
         """Those that this layer holds."""
         return tables
 
-    def mean_square(self, wide: Tensor) -> Tensor:
-        """Of every row, (N,)."""
+    def mean_square(self, wide: Tensor, row: int = 0) -> Tensor:
+        """Of every row, (N,); of `row` elements, else of C."""
         square = self.ops.unary(wide, "square", "input", POWER)
-        return self.ops.unary(square, "mean", count=wide.count // self.spec.hidden)
+        return self.ops.unary(square, "mean", count=wide.count // (row or self.spec.hidden))
 
     def fused_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`scaled_dot_product_attention`, causal: the kernel that CUDA chooses."""

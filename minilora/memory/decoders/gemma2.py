@@ -47,7 +47,7 @@ class Gemma2Decoder(LlamaDecoder):
         ops = self.ops
         with ops.inside("norm"):
             wide = ops.cast(x, 4)
-            mean = self.mean_square(wide)
+            mean = self.mean_square(wide, weights[0].count)
             wide = ops.mul(wide, ops.unary(ops.unary(mean, *PLUS_EPS), *INVERSE_ROOT))
             shifted = ops.unary(ops.cast(weights[0], 4), "1 + weight", backward=())
             wide = ops.mul(wide, shifted)

@@ -42,7 +42,7 @@ class LlamaDecoder(HuggingFaceDecoder):
             if self.run.kernels == "unsloth":
                 return ops.fast_rms_norm(x, weights[0])
             wide = ops.cast(x, 4)
-            mean = self.mean_square(wide)
+            mean = self.mean_square(wide, weights[0].count)
             wide = ops.mul(wide, ops.unary(ops.unary(mean, *PLUS_EPS), *INVERSE_ROOT))
             return ops.mul(weights[0], ops.cast(wide, x.width), "output")
 

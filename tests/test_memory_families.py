@@ -1,0 +1,37 @@
+"""Families of decoders: the closed form is the trace to the byte, the total transformers' own to the last weight."""
+
+import itertools
+
+import pytest
+from test_memory_estimate import MODES, traced
+from test_memory_models import on_meta
+from transformers import AutoConfig
+
+from minilora.memory import ModelSpec, Training, estimate
+
+SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+         "intermediate_size": 96, "vocab_size": 512, "max_position_embeddings": 64, "pad_token_id": 0}
+FAMILIES = {"qwen3": {}, "olmo2": {}, "granite": {"embedding_multiplier": 2.0, "logits_scaling": 3.0}}
+METHODS = {"full": {"method": "full"}, "LoRA": {"target_modules": "all-linear"},
+           "LoRA q v": {"target_modules": ("q_proj", "v_proj")}}
+# so that the peak falls at different moments
+ROWS = {"few tokens": {"batch": 1, "seq": 8}, "many": {"batch": 2, "seq": 60}}
+
+
+def config_of(family: str):
+    return AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_total(family):
+    config = config_of(family)
+    assert ModelSpec.from_config(config.to_dict()).parameters == sum(p.numel() for p in on_meta(config).parameters())
+
+
+@pytest.mark.parametrize("family, mode, method, rows, checkpointing", [
+    cell for i, cell in enumerate(itertools.product(FAMILIES, MODES, METHODS, ROWS, (False, True))) if i % 3 == 0])
+def test_closed_form_is_the_trace(family, mode, method, rows, checkpointing):
+    config = config_of(family)
+    run = Training(rank=4, stack="transformers", checkpointing=checkpointing, **MODES[mode], **METHODS[method],
+                   **ROWS[rows])
+    assert estimate(ModelSpec.from_config(config.to_dict()), run).peak == traced(config, run)
