@@ -271,7 +271,8 @@ class LoRALayer(Wrapper, AdapterLayer):
         if self.kind != "embedding":
             return x @ A.T @ B.T
         scale = output_scale(self.base_layer)
-        return F.embedding(x, A.T, self.base_layer.padding_idx) @ B.T * (scale.to(B) if isinstance(scale, Tensor) else scale)
+        scale = scale.to(B) if isinstance(scale, Tensor) else scale
+        return F.embedding(x, A.T, self.base_layer.padding_idx) @ B.T * scale
 
     @classmethod
     def keys_of(cls, kind: str) -> dict[str, str]:

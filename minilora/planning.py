@@ -125,8 +125,8 @@ def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig, not
         for name, m in modules.items():
             for key, p in m._parameters.items() if not isinstance(m, _ConvNd) else ():
                 if p is not None and p.dim() == 3 and min(p.shape) > 1:
-                    notes[f"{name}.{key}"] = (f"left frozen, a parameter of shape {tuple(p.shape)} (experts stacked?): adapters "
-                                              "go around modules")
+                    notes[f"{name}.{key}"] = (f"left frozen, a parameter of shape {tuple(p.shape)} (experts stacked?): "
+                                              "adapters go around modules")
     elif isinstance(wanted, str):
         meant = [name for name, m in modules.items() if config.matches(name) and (name in kinds or m._parameters)]
     else:
