@@ -160,7 +160,7 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
                     part = loss(net, *rows, counted)
                     (part * processes).backward()  # gradients are averaged over the processes
                     total = total + part.detach()
-            if step == starts[0] and rank == 0 and (dead := without_gradient(net)):
+            if step == starts[0] and rank == 0 and (dead := without_gradient(net, after_backward=True)):
                 warnings.warn(f"no gradient reaches the adapters at {', '.join(dead[:5])}{', ...' * (len(dead) > 5)}: "
                               "they will stay as they started", stacklevel=2)
             total = distributed.gathered(total).sum()
