@@ -24,8 +24,9 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "x")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "++", "--")
 
-STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-         "legend.frameon": False, "lines.markersize": 5}
+STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+              "grid.alpha": 0.3,
+              "legend.frameon": False, "lines.markersize": 5}
 
 
 def styled(draw: Callable) -> Callable:
@@ -58,8 +59,8 @@ def canvas(title: str, xlabel: str = "", ylabel: str = "", width: float = 6.4, h
 
 
 @styled
-def lines(x: Sequence | Mapping[str, Sequence], series: Mapping[str, Sequence], *, title: str, xlabel: str, ylabel: str, logx: bool = False,
-          logy: bool = False, dots: Sequence[str] = (), limit: tuple[str, float] | None = None,
+def lines(x: Sequence | Mapping[str, Sequence], series: Mapping[str, Sequence], *, title: str, xlabel: str, ylabel: str,
+          logx: bool = False, logy: bool = False, dots: Sequence[str] = (), limit: tuple[str, float] | None = None,
           bands: Mapping[str, tuple[Sequence, Sequence]] = {}) -> Figure:
     """Curves over a common x.
 
@@ -136,7 +137,8 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence], *, title: str, y
 
 
 @styled
-def grid(values: Sequence[Sequence[float]] | np.ndarray, rows: Sequence[str], columns: Sequence[str], *, title: str, xlabel: str,
+def grid(values: Sequence[Sequence[float]] | np.ndarray, rows: Sequence[str], columns: Sequence[str], *,
+         title: str, xlabel: str,
          ylabel: str, unit: str, form: str = "{:.0f}") -> Figure:
     """A table of numbers as shaded cells, each with its number written in it."""
     values = np.asarray(values, dtype=float)
