@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v pyth
 BIN := .venv/bin
 ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)  # as in a container
 
-.PHONY: lab run test release grade clean
+.PHONY: lab run test lint release grade clean
 
 # the student version, in release/; what has been worked on there is kept
 lab: release
@@ -19,11 +19,15 @@ SCRATCH := $(or $(TMPDIR),/tmp)/minilora-$(shell id -u)
 TESTED := HOME=$(SCRATCH) MPLCONFIGDIR=$(SCRATCH) HYPOTHESIS_STORAGE_DIRECTORY=$(SCRATCH)/hypothesis OMP_NUM_THREADS=1
 PYTEST := $(TESTED) $(BIN)/python -m pytest -p no:cacheprovider -n 2 --dist loadfile --durations 15
 
-test: .venv/.dev
+test: .venv/.dev lint
 	mkdir -p -m 700 $(SCRATCH)
 	$(TESTED) $(BIN)/python -c "import matplotlib.font_manager"
 	$(PYTEST) tests
 	$(PYTEST) --nbval --nbval-current-env notebooks
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 release: .venv/.base
 	$(BIN)/python -m minilora.release notebooks release

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: data/ and notebooks/ stay at the top of the repository and travel inside the package."""
+"""What pyproject.toml cannot say: data/ and notebooks/ stay at the top of the repository and travel in the package."""
 
 import shutil
 from pathlib import Path

@@ -5,6 +5,22 @@ may bear the name of a function that is looked up here: importing it would put t
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # so that a type checker sees what these names are
+    from .adapters import fingerprint as fingerprint
+    from .adapters import load_adapter as load_adapter
+    from .adapters import save_adapter as save_adapter
+    from .bank import AdapterBank as AdapterBank
+    from .config import LoRAConfig as LoRAConfig
+    from .injection import inject as inject
+    from .injection import lora_parameters as lora_parameters
+    from .injection import merge as merge
+    from .injection import plan as plan
+    from .injection import remove as remove
+    from .injection import report as report
+    from .injection import unmerge as unmerge
+    from .layers import LoRALayer as LoRALayer
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 

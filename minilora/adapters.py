@@ -4,87 +4,40 @@ What is saved here opens in PEFT and vLLM, and what they save opens here. The sa
 fingerprint of the base, so that an adapter on the wrong base is refused, not silently wrong.
 """
 
-import ctypes
 import hashlib
 import json
 import os
-import re
-import shutil
-from collections import Counter
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from importlib import import_module
+import warnings
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from .config import LoRAConfig, entry_matches, variants
+from .checkpoints import read_safetensors, save_tensors
+from .config import LoRAConfig, variants
 from .distributed import full_tensor, is_main_process
-from .injection import adapter_layers, inject, lora_layers, plain_name, planned, remove
+from .injection import adapter_layers, inject, remove
 from .layers import AdapterLayer, LoRALayer
+from .naming import plain_parameters
+from .pair import read_config_of_pair, read_pair, write_pair
+from .peft_format import PREFIX, AdapterFile, as_tensors_say, by_names_here, format_of, keys_of, usual_key, without
+from .planning import planned, trained_whole
+from .tables import quoted
+from .trained_copy import state_of
 
 CONFIG, WEIGHTS, FINGERPRINT = "adapter_config.json", "adapter_model.safetensors", "minilora.base"
-PREFIX = "base_model.model."
-
-# settings that make an adapter more than A and B on whole layers
-UNSUPPORTED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
-               "layers_to_transform", "exclude_modules", "lora_bias", "alora_invocation_tokens", "use_qalora",
-               "arrow_config", "use_bdlora", "kasa_config", "monteclora_config", "velora_config", "megatron_config")
-# starts that leave the base's weights alone; the others (pissa, olora, corda, loftq, lora_ga) subtract from them
-KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter as read from disk: its settings, its tensors by their keys, and its base's fingerprint or None.
-
-    `config` is a `LoRAConfig`, or that of a relative.
-    """
-
-    folder: Path
-    config: Any
-    tensors: dict[str, Tensor]
-    base: str | None
-
-
-@dataclass(frozen=True)
-class Format:
-    """How the adapters of one method stand in a folder.
-
-    Attributes:
-        prefix: of every key, before the module's name.
-        write: what ``adapter_config.json`` says of a model's adapters.
-        read: the config that it means; a ValueError if it means none.
-    """
-
-    prefix: str
-    write: Callable[[nn.Module], dict]
-    read: Callable[[dict], Any]
-
-
-FORMATS: dict[str, Format] = {}  # by peft_type: those of the relatives, who enter their own
-
-
-def format_of(peft_type: str) -> Format:
-    """The format of a type of adapter; a ValueError if it is unknown here."""
-    for room in ("variants", "peft_methods"):  # those that nobody has asked for yet make themselves known now
-        import_module(f"{__package__}.{room}")
-    forms = {layer.peft_type: Format(PREFIX, written, read_lora) for layer in variants().values()} | FORMATS
-    if peft_type not in list(forms):  # a file may say what has no hash
-        raise ValueError(f"is of peft_type {peft_type!r}; only {' or '.join(map(repr, forms))} can be loaded")
-    return forms[peft_type]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of what an adapter's file may hold
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the model's adapters to `folder`, all at once or not at all: LoRA and its variants in PEFT's format, the
     relatives of peft_methods.py in one like it.
 
-    A PiSSA adapter is written as the plain one of twice the rank that does the same to the untouched base. Where several
-    processes train one model, all call this and the first one writes: the same file as one process would.
+    A PiSSA adapter is written as the plain one of twice the rank that does the same to the untouched base. Where
+    several processes train one model, all call this and the first one writes: the same file as one process would.
 
     Raises:
         ValueError: the model has no adapters, or one that holds NaN or infinite values.
@@ -95,7 +48,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     for key, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinite values: the training diverged, nothing was saved")
-    base = fingerprint(model)
+    base, ours = fingerprint(model), {id(p) for layer in adapter_layers(model).values() for p in layer.own().values()}
+    if lost := [name for name, p in plain_parameters(model) if p.requires_grad and id(p) not in ours]:
+        warnings.warn(f"{', '.join(lost[:4])}{', ...' * (len(lost) > 4)} can train too and is not saved: an adapter "
+                      "file holds adapters and what modules_to_save names", stacklevel=2)
     if is_main_process():
         write_adapter(folder, tensors, form.write(model), base)
 
@@ -117,7 +73,7 @@ def insert_adapter(model: nn.Module, adapter: AdapterFile, any_base: bool = Fals
     """`load_adapter`, from an adapter that has been read."""
     lora = isinstance(adapter.config, LoRAConfig)
     if lora:  # before anything is made: a file may ask for a rank that no memory holds
-        check_fits(adapter, model)
+        adapter = check_fits(by_names_here(adapter, model), model)
     if not any_base:
         check_base(adapter, model)
     inject(model, adapter.config, any_rank=True)
@@ -136,7 +92,8 @@ def places(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model's adapters by their keys on disk."""
     first = first_layer(model)
     prefix = format_of(first.peft_type).prefix
-    own = {f"{prefix}{name}.{end}": t for name, layer in adapter_layers(model).items() for end, t in layer.saved().items()}
+    own = {f"{prefix}{name}.{end}": t for name, layer in adapter_layers(model).items()
+           for end, t in layer.saved().items()}
     return own | first.common()
 
 
@@ -151,7 +108,15 @@ def read_adapter(folder: str | os.PathLike, only: Collection[str] = ()) -> Adapt
         ValueError: no such folder, a file missing or damaged, or an adapter of a kind that is not supported.
     """
     folder = Path(folder)
-    return AdapterFile(folder, read_config(folder, only), *read_tensors(folder))
+
+    def read() -> AdapterFile:
+        config, (tensors, base) = read_config(folder, only), read_tensors(folder)
+        tensors = {usual_key(key): t for key, t in tensors.items()}
+        if isinstance(config, LoRAConfig):
+            config = as_tensors_say(config, read_settings(folder), tensors)
+        return AdapterFile(folder, config, tensors, base)
+
+    return read_pair(folder, CONFIG, WEIGHTS, read)
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -161,19 +126,19 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
         hint = f"; {pickles[0]} may be a pickle, which can run code and is never opened: convert it" if pickles else ""
         raise ValueError(f"{folder} holds no {WEIGHTS}{hint}")
-    try:
-        with safe_open(path, framework="pt") as f:
-            tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
-    except Exception as e:  # the reader's errors have no common class: SafetensorError, OSError, KeyError, ...
-        raise ValueError(f"{path} is damaged or not a safetensors file: {e!r}") from None
+    tensors, metadata = read_safetensors(path)
     for key, t in tensors.items():
-        if not t.is_floating_point() or not t.float().isfinite().all():
-            raise ValueError(f"{key!r} in {path} holds {t.dtype} values that are not all finite floating-point numbers")
+        if t.dtype not in DTYPES:
+            raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values, expected finite floating-point numbers of "
+                             "16 bits or more")
+        if not all(part.isfinite().all() for part in t.flatten().split(2**22)):  # a part at a time: a file may be huge
+            raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values that are not all finite floating-point "
+                             "numbers")
     return tensors, metadata.get(FINGERPRINT)
 
 
 def read_config(folder: Path, only: Collection[str] = ()) -> Any:
-    """``adapter_config.json`` as a `LoRAConfig`, or as the config of a relative. A missing r or alpha means 8, as in PEFT.
+    """``adapter_config.json`` as a `LoRAConfig`, or as a relative's config. A missing r or alpha means 8, as in PEFT.
 
     Raises:
         ValueError: missing, not JSON, of a method unknown here, or asking for what is not supported here.
@@ -190,37 +155,48 @@ def read_config(folder: Path, only: Collection[str] = ()) -> Any:
 
 def read_settings(folder: Path) -> dict:
     """``adapter_config.json`` as it stands; a ValueError if it is missing or holds no JSON object."""
-    path = folder / CONFIG
-    if not path.is_file():
+    if (settings := read_config_of_pair(folder, CONFIG, WEIGHTS)) is None:
         raise ValueError(f"{folder} is no adapter folder: it holds no {CONFIG}")
-    try:
-        return dict(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError, RecursionError) as e:
-        raise ValueError(f"{path} does not hold a JSON object: {e!r}") from None
+    return settings
 
 
-def check_fits(adapter: AdapterFile, model: nn.Module) -> None:
-    """Raise a ValueError that names the first few ways in which modules, ranks or shapes are not those of `model`."""
+def check_fits(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
+    """The adapter, whose targets are now those that its tensors name; a module that its targets mean as well (the
+    vision tower's q_proj beside the language model's) and of which it has no tensor is left out, by name.
+
+    Raises:
+        ValueError: the first few ways in which modules, ranks or shapes are not those of `model`.
+    """
     layer = variants()[adapter.config.variant]
     try:
         rows = [row for row, _ in planned(model, adapter.config, any_rank=True)]
+        whole = trained_whole(model, adapter.config)
     except ValueError as e:
         raise ValueError(no_fit(adapter, [str(e)])) from None
-    expected = {key: layer.shapes(*row.shape, row.rank)[own]
-                for row in rows for own, key in keys_of(row.name, row.kind, layer).items()}
+    keys = {row: keys_of(row.name, row.kind, layer) for row in rows}
+    known = [row for row in rows if any(key in adapter.tensors for key in keys[row].values())]
+    if 0 < len(known) < len(rows):
+        absent = [row.name for row in rows if row not in known]
+        warnings.warn(f"{adapter.folder} has no tensors for {', '.join(absent[:4])}{', ...' * (len(absent) > 4)}, "
+                      "which its targets mean too: left as they are", stacklevel=4)
+        adapter, rows = replace(adapter, config=without(adapter.config, [row.name for row in known], True)), known
+    expected = {key: layer.shapes(*row.shape, row.rank)[own] for row in rows for own, key in keys[row].items()}
+    expected |= {f"{PREFIX}{name}.{key}": t.shape for name, module in whole.items()
+                 for key, t in state_of(module).items()}
     common = layer.common_shapes([row.shape for row in rows], adapter.config.rank)
     expected |= {key: shape for key, shape in common.items() if key in adapter.tensors}
     if wrong := misfits(adapter.tensors, expected, model):
         raise ValueError(no_fit(adapter, wrong))
+    return adapter
 
 
 def misfits(have: dict[str, Tensor], expected: dict[str, tuple], model: nn.Module) -> list[str]:
     """In what the tensors of a file differ from what is expected: names that lack, are too many, shapes."""
     wrong = [f"{key} is missing" for key in expected if key not in have]
     # PEFT may add a copy of an adapted embedding's own weight, which is fine as long as it is one
-    base = {PREFIX + name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    base = {PREFIX + name: p for name, p in plain_parameters(model)}
     wrong += [f"{key!r} has no place in the model" for key, t in have.items()
-              if key not in expected and not is_copy(t, base.get(plain_name(key)))]
+              if key not in expected and not is_copy(t, base.get(key.replace(".base_layer.", ".")))]
     return wrong + [f"{key} has shape {tuple(have[key].shape)}, the model needs {tuple(shape)}"
                     for key, shape in expected.items() if key in have and have[key].shape != shape]
 
@@ -255,8 +231,7 @@ def fingerprint(model: nn.Module) -> str:
     adapters = {id(p) for layer in layers for p in layer.own().values()}
     unmerged = {id(layer.base_layer.weight): layer.unmerged[0] for layer in layers if getattr(layer, "unmerged", ())}
     # a tied weight counts under each of its names: merging one of its users would part them
-    base = {plain_name(name): unmerged.get(id(p), p).detach()
-            for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in adapters}
+    base = {name: unmerged.get(id(p), p).detach() for name, p in plain_parameters(model) if id(p) not in adapters}
     for name, p in sorted(base.items()):
         shapes.update(f"{name} {tuple(p.shape)}\n".encode())
         entries = full_tensor(p).flatten()[:: max(1, p.numel() // 1024)].to(torch.bfloat16).contiguous()
@@ -264,117 +239,12 @@ def fingerprint(model: nn.Module) -> str:
     return f"{shapes.hexdigest()[:12]}-{weights.hexdigest()[:12]}"
 
 
-# The format
-
-
-def keys_of(name: str, kind: str, layer: type[LoRALayer] = LoRALayer) -> dict[str, str]:
-    """Our tensor -> PEFT's key, for the module called `name` under this variant's layer."""
-    return {own: f"{PREFIX}{name}.{key}" for own, key in layer.keys_of(kind).items()}
-
-
-def config_of(model: nn.Module) -> LoRAConfig:
-    """The config that describes the adapters of a model as they are saved; a ValueError if they disagree on rsLoRA, the
-    variant or dropout.
-
-    A target is named by its last part where every module of that name is adapted, by its whole name elsewhere.
-    """
-    layers = lora_layers(model)
-    flags = {(layer.use_rslora, *layer.chosen().items(), layer.dropout) for layer in layers.values()}
-    if len(flags) > 1:
-        raise ValueError("the adapters differ in use_rslora, variant or dropout, which a file can only say once")
-    (use_rslora, *chosen, dropout), = flags
-    others = {plain_name(name) for name, _ in model.named_modules()} - layers.keys()
-    last = {name: name.rpartition(".")[2] for name in layers}
-    targets = {name if any(entry_matches(end, other) for other in others) else end for name, end in last.items()}
-    ranks, alphas = {}, {}
-    for name, layer in layers.items():
-        form = layer.plain_form()
-        ranks[name], alphas[name] = (layer.rank, layer.alpha) if form is None else (len(form[0]), form[2])
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    # anchored: a pattern's key would also match the end of a longer name
-    return LoRAConfig(rank, alpha, tuple(sorted(targets)), dropout, use_rslora, **dict(chosen),
-                      rank_pattern={f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
-                      alpha_pattern={f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha})
-
-
-def peft_config(config: LoRAConfig, fan_in_fan_out: bool = False) -> dict:
-    """The ``adapter_config.json`` of a config."""
-    layer = variants()[config.variant]
-    settings = {theirs: getattr(config, ours) for ours, theirs in settings_of(layer.peft_type).items()}
-    return settings | layer.constants | {
-        "peft_type": layer.peft_type, "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
-        "bias": "none", "fan_in_fan_out": fan_in_fan_out, "modules_to_save": None,
-    }
-
-
-def settings_of(peft_type: str) -> dict[str, str]:
-    """Our name of a setting -> PEFT's, of all variants that share a type of file."""
-    return {ours: theirs for layer in variants().values() if layer.peft_type == peft_type
-            for ours, theirs in layer.settings.items()}
-
-
-def written(model: nn.Module) -> dict:
-    """The ``adapter_config.json`` of a model's LoRA layers."""
-    return peft_config(config_of(model), all(layer.kind == "conv1d" for layer in lora_layers(model).values()))
-
-
-def read_lora(values: dict) -> LoRAConfig:
-    """The config that PEFT's settings mean."""
-    kind = values.get("peft_type", LoRALayer.peft_type)
-    for setting in UNSUPPORTED:
-        if values.get(setting):
-            raise ValueError(f"sets {setting}, which is not supported: an adapter here is A and B on whole "
-                             "layers that target_modules names, nothing else")
-    if (bias := values.get("bias", "none")) != "none":
-        raise ValueError(f"sets bias={bias!r}, which is not supported: it retrains the base's biases")
-    if (start := values.get("init_lora_weights", True)) not in KEEPS_BASE:
-        raise ValueError(f"was initialised by {start!r}, which changes the base's weights: convert it to a "
-                         "plain adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)")
-    found = {ours: values[theirs] for ours, theirs in settings_of(kind).items() if values.get(theirs) is not None}
-    own = next((layer.choice for layer in variants().values() if layer.peft_type == kind != LoRALayer.peft_type), {})
-    default = {"alpha": 8} if kind == LoRALayer.peft_type else {}
-    return LoRAConfig(**default | {"target_modules": ()} | own | found)
-
-
 def write_adapter(folder: str | os.PathLike, tensors: dict[str, Tensor], config: dict, base: str | None = None) -> None:
-    """Write an adapter folder so that at any moment it holds the old adapter or the new one, whole.
+    """Write an adapter folder so that at any moment `read_adapter` finds the old adapter or the new one, whole: the two
+    files are replaced inside the folder as pair.py says. Everything else in it stays, and so does the folder itself.
 
-    Both files are written to a folder beside it, which then takes its place in one step. Other files in it stay. An
-    OSError means that the disk said no; `folder` is then as it was.
+    The same adapter is the same bytes. An OSError means that the disk said no; the old adapter is still there then.
     """
-    folder = Path(folder).resolve()
-    fresh = folder.with_name(f".{folder.name}.saving")
-    files = {WEIGHTS: save(tensors, {"format": "pt"} | ({FINGERPRINT: base} if base else {})),
-             CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
-    shutil.rmtree(fresh, ignore_errors=True)  # what an interrupted save left
-    try:
-        if folder.exists():
-            shutil.copytree(folder, fresh, symlinks=True, ignore=shutil.ignore_patterns(*files))
-        else:
-            fresh.mkdir(parents=True)
-        for name, data in files.items():
-            with open(fresh / name, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())  # so that a power cut after the exchange finds the bytes
-        exchange(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def exchange(fresh: Path, folder: Path) -> None:
-    """Swap two folders' names in one step (Linux); elsewhere in two, between which `folder` is gone for an instant."""
-    at_cwd, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if not folder.exists():
-        fresh.rename(folder)
-        return
-    try:
-        if ctypes.CDLL(None).renameat2(at_cwd, os.fsencode(fresh), at_cwd, os.fsencode(folder), swap) == 0:
-            return
-    except (AttributeError, OSError, TypeError):
-        pass  # no such call here
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    metadata = {"format": "pt"} | ({FINGERPRINT: base} if base else {})
+    text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    write_pair(Path(folder), CONFIG, WEIGHTS, text, lambda path: save_tensors(tensors, path, metadata))

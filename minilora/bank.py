@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import insert_adapter, read_adapter
+from .bases import kind_of, output_scale, widest
 from .config import is_number, require, variants
-from .injection import lora_layers, remove, unwrap, wrap
-from .layers import AdapterLayer, LoRALayer, Wrapper, kind_of, widest
+from .injection import mergeable_layers, need_whole, put_back, remove, unwrap, wrap
+from .layers import AdapterLayer, LoRALayer, Wrapper
 from .spectrum import product_svd
 from .tables import table
 
@@ -24,7 +25,7 @@ class Entry:
     """An adapter of a bank: its layers by module, the fingerprint of the base it was trained on (None: its file, as
     PEFT's, does not say), and where it comes from."""
 
-    layers: dict[str, LoRALayer]
+    layers: dict[str, AdapterLayer]
     base: str | None
     source: str
 
@@ -66,6 +67,7 @@ class AdapterBank:
     def __init__(self, model: nn.Module):
         if any(isinstance(m, AdapterLayer) for m in model.modules()):
             raise ValueError("the model has adapters already: remove(model) first, then load them from their folders")
+        need_whole(model)
         self.model = model
         self.entries: dict[str, Entry] = {}
         self.placed: Mapping[str, nn.Module] = {}  # what stands in the model now, by module
@@ -83,7 +85,7 @@ class AdapterBank:
         self.need_new(name)
         adapter = read_adapter(folder, only=dict.fromkeys(layer.peft_type for layer in variants().values()))
         with self.instead({}):
-            layers = lora_layers(insert_adapter(self.model, adapter, any_base))
+            layers = mergeable_layers(insert_adapter(self.model, adapter, any_base))
             remove(self.model)
         self.entries[name] = Entry(layers, adapter.base, str(folder))
 
@@ -106,8 +108,8 @@ class AdapterBank:
         rows = []
         for name, entry in self.entries.items():
             layers = entry.layers.values()
-            ranks = tuple(sorted({layer.rank for layer in layers}))
-            parameters = sum(p.numel() for layer in layers for p in layer.parameters(recurse=False))
+            ranks = tuple(sorted({layer.rank for layer in layers if isinstance(layer, LoRALayer)}))
+            parameters = sum(p.numel() for layer in layers for p in layer.own().values())
             rows.append(ListedAdapter(name, version(entry.layers), entry.base, ranks, len(layers), parameters,
                                       name == self.in_use, entry.source))
         return Listing(rows)
@@ -133,6 +135,8 @@ class AdapterBank:
         for part, weight in weights.items():
             require(is_number(weight), f"the weight of {part!r} must be a finite number", weight)
         parts = {part: self.entry(part) for part in weights}
+        for part, entry in parts.items():
+            need_lora(part, entry)
         layers, lost = {}, {}
         for module in dict.fromkeys(module for entry in parts.values() for module in entry.layers):
             summands = [(weights[part], e.layers[module]) for part, e in parts.items() if module in e.layers]
@@ -140,9 +144,11 @@ class AdapterBank:
                  "DoRA's lengths are no part of a sum of updates: merge such adapters, or combine plain ones", module)
             base = summands[0][1].base_layer
             wide = widest(summands[0][1].factors()[0])
-            B = torch.cat([weight * layer.scaling * layer.factors()[1].to(wide) for weight, layer in summands], 1)  # (out, R)
+            # (out, R)
+            B = torch.cat([weight * layer.scaling * layer.factors()[1].to(wide) for weight, layer in summands], 1)
             A = torch.cat([layer.factors()[0].to(wide) for _, layer in summands])  # (R, in)
-            require(B.float().isfinite().all(), f"the sum at {module} overflows: the weights are too large", dict(weights))
+            require(B.float().isfinite().all(), f"the sum at {module} overflows: the weights are too large",
+                    dict(weights))
             U, S, Vh = product_svd(B, A)
             kept = min(rank or len(S), len(S))
             root = S[:kept].sqrt()  # (kept,)
@@ -166,10 +172,14 @@ class AdapterBank:
                 names nor 1.
         """
         require(not isinstance(names, str) and isinstance(names, Iterable), "names must be one per row", names)
-        rows = [{} if name is None else self.entry(name).layers for name in names]
+        rows = [{} if name is None else need_lora(name, self.entry(name)) for name in names]
         require(rows, "names must be one per row", rows)
         used = {id(layers): layers for layers in rows}.values()
         bases = {module: layer.base_layer for layers in used for module, layer in layers.items()}
+        for name, m in self.model.named_modules():
+            if getattr(m, "batch_first", True) is False and any(module.startswith(f"{name}.") for module in bases):
+                raise ValueError(f"{name} is a {type(m).__name__} with batch_first=False: rows of a batch come second "
+                                 "in it, and a route goes by the first dimension")
         with self.instead({}):
             self.place({module: RoutedLayer(module, base, [layers.get(module) for layers in rows])
                         for module, base in bases.items()})
@@ -179,18 +189,16 @@ class AdapterBank:
 
     def place(self, layers: Mapping[str, nn.Module]) -> None:
         """Take out of the model what stands in it, and put `layers` in."""
-        inside = [m for m in self.model.modules() if isinstance(m, (LoRALayer, RoutedLayer))]
+        inside = [m for m in self.model.modules() if isinstance(m, (AdapterLayer, RoutedLayer))]
         if {id(m) for m in inside} != {id(layer) for layer in self.placed.values()}:
             raise ValueError("the model's adapters are not those that the bank put there: it was changed by inject, "
                              "remove or merge(permanent=True). Make a new AdapterBank of a plain model")
         for layer in layers.values():  # the model may have changed mode, or moved, in the meantime
             layer.training = layer.base_layer.training
             device = next(chain(layer.base_layer.parameters(), layer.base_layer.buffers())).device
-            if isinstance(layer, LoRALayer) and layer.factors()[0].device != device:
+            if isinstance(layer, AdapterLayer) and next(iter(layer.own().values())).device != device:
                 layer.to(device)
-        for layer in inside:
-            if isinstance(layer, LoRALayer):
-                layer.unmerge()
+        put_back(self.model, [layer for layer in inside if isinstance(layer, AdapterLayer)])
         unwrap(self.model, inside)
         if layers:
             wrap(self.model, {layer.base_layer: layer for layer in layers.values()})
@@ -200,7 +208,7 @@ class AdapterBank:
     def instead(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
         """`layers` in the model for a while; then what stood there, merged where it was."""
         before = self.placed
-        merged = [layer for layer in before.values() if isinstance(layer, LoRALayer) and layer.merged]
+        merged = [layer for layer in before.values() if isinstance(layer, AdapterLayer) and layer.merged]
         self.place(layers)
         try:
             yield
@@ -218,7 +226,8 @@ class AdapterBank:
 
     def need_new(self, name: str) -> None:
         require(isinstance(name, str) and name, "an adapter's name must be a string", name)
-        require(name not in self.entries, "the bank has an adapter of this name: unload it first, or choose another", name)
+        require(name not in self.entries, "the bank has an adapter of this name: unload it first, or choose another",
+                    name)
 
 
 class RoutedLayer(Wrapper):
@@ -266,18 +275,27 @@ class RoutedLayer(Wrapper):
             bias = getattr(self.base_layer, "bias", None)
             rows.add_(self.scale.to(y.dtype) * (rows if bias is None else rows - bias.to(y.dtype)))
         if self.kind == "embedding":
-            inner = self.A[self.index[:, None], x.reshape(batch, -1, 1)].to(y.dtype)  # (batch, T, r)
+            inner = (self.A[self.index[:, None], x.reshape(batch, -1, 1)] * output_scale(self.base_layer)).to(y.dtype)  # (batch, T, r)
         else:
             inner = x.reshape(batch, -1, x.shape[-1]).to(y.dtype) @ self.A[self.index].to(y.dtype).mT  # (batch, T, r)
         rows.baddbmm_(inner, self.B[self.index].to(y.dtype))
         return y
 
 
-def version(layers: Mapping[str, LoRALayer]) -> str:
+def need_lora(name: str, entry: Entry) -> dict[str, LoRALayer]:
+    """The layers of an adapter that has nothing but LoRA layers."""
+    for module, layer in entry.layers.items():
+        if not isinstance(layer, LoRALayer):
+            raise ValueError(f"adapter {name!r} trains {module} whole (modules_to_save), which can be used, merged and "
+                             "saved, but neither combined nor routed")
+    return entry.layers
+
+
+def version(layers: Mapping[str, AdapterLayer]) -> str:
     """A short hash of an adapter: modules, scalings and every bit of the parameters."""
     digest = hashlib.sha256()
     for module, layer in sorted(layers.items()):
-        digest.update(f"{module} {layer.scaling!r}\n".encode())
-        for name, p in layer.named_parameters(recurse=False):
+        digest.update(f"{module} {getattr(layer, 'scaling', 1)!r}\n".encode())
+        for name, p in layer.own().items():
             digest.update(name.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]

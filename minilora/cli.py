@@ -7,12 +7,13 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from . import __version__
+from .tables import plain
 
 # command -> the room that has the function of the same name and "_command", and what it does
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("adapter_tools", "what is inside an adapter: rank, norm, spectrum of every module"),
-    "truncate": ("adapter_tools", "write an adapter again at a smaller rank, as near as that rank allows"),
-    "extract": ("adapter_tools", "write the adapter nearest to the difference of two checkpoints"),
+    "truncate": ("extract", "write an adapter again at a smaller rank, as near as that rank allows"),
+    "extract": ("extract", "write the adapter nearest to the difference of two checkpoints"),
     "memory": ("memory.cli", "what a training step of a model needs, to the byte, and when"),
     "fit": ("memory.cli", "whether a training step fits which cards, and what to change so that it does"),
     "claims": ("memory.cli", "what papers say of memory, reproduced or not, with the arithmetic"),
@@ -54,14 +55,36 @@ def main(arguments: list[str] | None = None) -> int:
         room, what = COMMANDS[name]
         run = getattr(import_module(f"minilora.{room}"), f"{name}_command")
         run(Parser(prog=f"minilora {name}", description=what), rest)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, `head` say, has had enough; nor may the flush at exit complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        said = missing(error) if isinstance(error, ModuleNotFoundError) else str(error)
-        print(f"minilora {name}: {' '.join(said.split())}", file=sys.stderr)
+        if sys.stdout is not None:  # closed by whoever started this
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` say, has had enough
+        forget_output()
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RecursionError) as error:
+        print(plain(f"minilora {name}: {' '.join(told(error).split())}"), file=sys.stderr)
+        forget_output()
         return 2
+    except KeyboardInterrupt:
+        print(f"minilora {plain(name, 40)}: interrupted", file=sys.stderr)
+        return 130  # as a shell has it
     return 0
+
+
+def forget_output() -> None:
+    """Let what is not yet printed go, where it cannot be: nor may the flush at exit complain (a full disk, a pipe)."""
+    try:
+        sys.stdout.flush()
+    except AttributeError:  # there is none
+        pass
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def told(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return missing(error)
+    if isinstance(error, RecursionError):
+        return f"something is nested too deeply: {error}"
+    return f"there is not enough memory: {error}" if isinstance(error, MemoryError) else str(error)
 
 
 def missing(error: ModuleNotFoundError) -> str:

@@ -1,11 +1,15 @@
 """What to adapt and how loudly: the one place that knows scaling and how a name matches a target."""
 
 import math
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
 from importlib import import_module
+
+from .patterns import PatternTable
+from .tables import plain, quoted
 
 ALL_LINEAR = "all-linear"
 VARIANTS: dict[str, type] = {}  # name -> class of the layer; every class enters itself (see layers.LoRALayer)
@@ -23,13 +27,15 @@ class LoRAConfig:
             expression for the whole name, or ``"all-linear"``: every linear but the output head.
         dropout: share of the input's entries that the adapter does not see in training.
         use_rslora: scale by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, 2312.03732).
-        use_dora: the variant that trains each output row's length apart from its direction (Liu et al. 2024, 2402.09353).
-        init: ``"kaiming"`` (A uniform in +-1/sqrt(d_in), B zero) or the name of another variant of the layer, each a
-            file in variants/: ``"pissa"``, ``"lora_fa"``, ``"vera"``.
+        use_dora: the variant that trains each output row's length apart from its direction (Liu et al. 2024,
+        2402.09353). init: ``"kaiming"`` (A uniform in +-1/sqrt(d_in), B zero) or the name of another variant of the
+            layer, each a file in variants/: ``"pissa"``, ``"lora_fa"``, ``"vera"``.
         rank_pattern: ranks for particular modules. A key is a regular expression for the whole name or for its end
             after a dot; the first that matches wins.
         alpha_pattern: the same for alpha.
         seed: of what a variant draws once for all layers (VeRA).
+        modules_to_save: modules that train whole beside the adapters and are saved with them, such as a new head; names
+            as in `target_modules`.
 
     Raises:
         ValueError: a value outside its range.
@@ -45,6 +51,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self):
         targets, patterns = self.target_modules, (self.rank_pattern, self.alpha_pattern)
@@ -53,6 +60,11 @@ class LoRAConfig:
             targets = tuple(targets)
             object.__setattr__(self, "target_modules", targets)
         require(targets and all(isinstance(t, str) and t for t in targets), "target_modules must name modules", targets)
+        whole = self.modules_to_save
+        require(not isinstance(whole, str) and isinstance(whole, Iterable), "modules_to_save must be a list of names",
+                whole)
+        object.__setattr__(self, "modules_to_save", whole := tuple(whole))
+        require(all(isinstance(n, str) and n for n in whole), "modules_to_save must be a list of names", whole)
         require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout must be in [0, 1)", self.dropout)
         require(isinstance(self.use_rslora, bool), "use_rslora must be True or False", self.use_rslora)
         require(isinstance(self.use_dora, bool), "use_dora must be True or False", self.use_dora)
@@ -69,11 +81,23 @@ class LoRAConfig:
             require(self.init in named, f"init must be 'kaiming' or {' or '.join(map(repr, sorted(named)))}", self.init)
             named[self.init].check(self)
             require(not self.use_dora, f"init={self.init!r} and DoRA are two variants: use_dora must be False", True)
-        for pattern in [targets] * isinstance(targets, str) + [ending(key) for p in patterns for key in p]:
-            try:
-                re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as e:
-                raise ValueError(f"{pattern!r} is not a regular expression: {e}") from None
+        self.target_table, self.rank_table, self.alpha_table
+
+    @cached_property
+    def target_table(self) -> PatternTable[bool]:
+        return PatternTable({self.target_modules: True} if isinstance(self.target_modules, str) else {})
+
+    @cached_property
+    def target_names(self) -> frozenset[str]:
+        return frozenset(() if isinstance(self.target_modules, str) else self.target_modules)
+
+    @cached_property
+    def rank_table(self) -> PatternTable[int]:
+        return PatternTable(self.rank_pattern, ending)
+
+    @cached_property
+    def alpha_table(self) -> PatternTable[float]:
+        return PatternTable(self.alpha_pattern, ending)
 
     @property
     def variant(self) -> str:
@@ -83,16 +107,16 @@ class LoRAConfig:
     def matches(self, name: str) -> bool:
         """Whether the module called `name` is a target ("all-linear" is decided by the module's kind, not here)."""
         if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, name) is not None
-        return any(entry_matches(entry, name) for entry in self.target_modules)
+            return self.target_table.get(name, False)
+        return not self.target_names.isdisjoint(ends(name))
 
     def rank_of(self, name: str) -> int:
         """The rank of module `name`: its pattern's, else `rank`."""
-        return next((rank for key, rank in self.rank_pattern.items() if pattern_matches(key, name)), self.rank)
+        return self.rank_table.get(name, self.rank)
 
     def alpha_of(self, name: str) -> float:
         """The alpha of module `name`: its pattern's, else `alpha`."""
-        return next((alpha for key, alpha in self.alpha_pattern.items() if pattern_matches(key, name)), self.alpha)
+        return self.alpha_table.get(name, self.alpha)
 
     def scaling_of(self, name: str) -> float:
         """What multiplies ``B @ A`` in module `name`."""
@@ -115,12 +139,14 @@ def entry_matches(entry: str, name: str) -> bool:
     return name == entry or name.endswith("." + entry)
 
 
-def pattern_matches(pattern: str, name: str) -> bool:
-    """A pattern's key matches the whole name or its end after a dot, as a regular expression."""
-    return re.fullmatch(ending(pattern), name) is not None
+def ends(name: str) -> list[str]:
+    """The name and what follows each of its dots: what a list entry may be to match it."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def ending(pattern: str) -> str:
+    """A pattern's key matches the whole name or its end after a dot, as a regular expression."""
     return rf"(.*\.)?({pattern})"
 
 
@@ -131,4 +157,12 @@ def is_number(x) -> bool:
 
 def require(ok, what: str, got) -> None:
     if not ok:
-        raise ValueError(f"{what}, got {got!r}")
+        raise ValueError(f"{plain(what)}, got {quoted(got)}")
+
+
+def check_name(kind: str, name: str, names: Iterable[str]) -> None:
+    """Raise a ValueError, with the nearest of the names there are, unless `name` is one of them."""
+    if name not in names:
+        near = get_close_matches(str(name), names, n=1)
+        hint = f"; near: {near[0]}" if near else ""
+        raise ValueError(f"no {kind} {quoted(name)}, expected one of {', '.join(names)}{hint}")

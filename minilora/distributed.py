@@ -7,12 +7,14 @@ everything here leaves model and tensors as they are.
 import atexit
 import os
 import random
+import re
 import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,7 +23,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .config import require
+
 WAYS = ("ddp", "fsdp")
+TIMEOUT = "MINILORA_TIMEOUT"  # environment variable: seconds that a process waits for the others in an exchange
+PATIENCE = 600.0  # seconds, where it says nothing: long enough for the first process to evaluate or to save
 
 
 def many() -> bool:
@@ -37,8 +43,11 @@ def init(parallel: str | None) -> tuple[int, int]:
     """This process's rank and the number of processes; joins the others that torchrun started: by nccl where there is
     a GPU, which is then this process's own, else by gloo. A group that is there already is taken as it is.
 
+    A process that hears nothing of the others for ``MINILORA_TIMEOUT`` seconds (an environment variable; 600 by
+    default) ends: one of them may be paused, or the network gone.
+
     Raises:
-        ValueError: several processes, and no word on how they should share the model.
+        ValueError: several processes, and no word on how they should share the model; a time-out that is no number.
     """
     if parallel not in (None, *WAYS):
         raise ValueError(f"parallel must be None or one of {', '.join(WAYS)}, got {parallel!r}")
@@ -52,9 +61,24 @@ def init(parallel: str | None) -> tuple[int, int]:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=patience()))
         atexit.register(shutdown)
     return dist.get_rank(), processes
+
+
+def patience() -> float:
+    """Seconds that a process waits for the others.
+
+    Raises:
+        ValueError: the environment variable holds something else.
+    """
+    text = os.environ.get(TIMEOUT, str(PATIENCE))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    require(0 < seconds <= 10**6, f"{TIMEOUT} must be seconds, from above 0 to 1,000,000", text)
+    return seconds
 
 
 def shutdown() -> None:
@@ -210,10 +234,11 @@ class Stopped(Exception):
 
 @contextmanager
 def ending_as_one(advice: Callable[[], str]) -> Iterator[None]:
-    """If another process of the run is lost, end this one: with one line on stderr from whichever notices first.
+    """If another process of the run is lost, or silent for too long (`patience`), or the run is interrupted, end this
+    one: with one line on stderr from whichever notices first.
 
     On gloo a lost process is noticed at the next exchange, and torchrun ends the others besides. On nccl, which cannot
-    be interrupted from Python, it is left to torchrun.
+    be interrupted from Python, it is left to nccl's own time-out and to torchrun.
 
     Raises:
         SystemExit: another process is gone. `advice()` is added to the line.
@@ -235,16 +260,24 @@ def ending_as_one(advice: Callable[[], str]) -> Iterator[None]:
         before = None
     try:
         yield
-    except (Stopped, RuntimeError) as e:
-        if not isinstance(e, (Stopped, dist.DistError)) and "gloo" not in str(e):
+    except (Stopped, KeyboardInterrupt, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
         ending = True
         said = announced()
-        sys.exit(1 if said else f"minilora: another process of this run is gone, so process {dist.get_rank()} and all "
-                                f"others end. {advice()}")
+        sys.exit(1 if said else f"minilora: {reason(e)}, so process {dist.get_rank()} and all others end. {advice()}")
     finally:
         if not ending and before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if re.search(r"timed out|timeout", str(error), re.IGNORECASE):
+        return (f"another process of this run has not answered for {patience():g} s (it is paused, slow or cut off; "
+                f"{TIMEOUT} sets how long to wait)")
+    return "another process of this run is gone"
 
 
 def announced() -> bool:
@@ -271,7 +304,7 @@ SILENT = ("barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd
 
 
 class Wire(TorchDispatchMode):
-    """Counts the bytes that this process sends to others, by kind of exchange. Slows small steps: every operator passes.
+    """Counts the bytes that this process sends to others, by kind of exchange. Small steps get slower.
 
     An exchange of S bytes among n processes costs each (n - 1) / n S, twice that for an all-reduce: what a ring sends,
     and the least that any algorithm can (Patarasuk & Yuan 2009). gloo's reduce-scatter is not a ring: it sends twice as

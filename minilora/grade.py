@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .grading.calls import short
-from .grading.nursery import Ended, Nursery, Student
+from .grading.nursery import Ended, Nursery
 from .grading.papers import Paper, collect, exercises_of, read
 from .grading.wire import Other, Unreadable, decode, decode_call, encode
 from .grading.worker import definitions
@@ -134,7 +134,7 @@ class Examiner:
 
     def attempt(self, paper: Paper, exams: dict[str, Examination], skip: set[str], found: dict[str, str],
                 end: float) -> tuple[str, str]:
-        """One process over a submission; fills `found`. Returns the step at which it ended and why, "" if it is done."""
+        """One process over a submission; fills `found`. Returns the step at which it ended, and why or ""."""
         at = "start"
 
         def ask(request: dict) -> dict:

@@ -3,77 +3,33 @@
 The whole idea is `LoRALayer.plain`, three lines. `LoRAFunction` is the same sum with a backward of its own, so that
 training keeps nothing but the layer's input; `LoRALayer.forward` picks between them.
 
-One orientation everywhere: a weight is seen as (out, in), as `dense_weight` returns it. A is (r, in), B is (out, r),
-so the update is always ``scaling * B @ A``. An embedding is a linear on one-hot rows: in = rows, out = width.
+A weight is seen as (out, in), whatever the layer (see bases.py). A is (r, in), B is (out, r), so the update is always
+``scaling * B @ A``.
 
 In the shape comments N stands for all leading dimensions of the input (batch, tokens) together.
 """
 
 import math
+import sys
+import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .bases import (
+    adapter_options,
+    dense_weight,
+    execution_device,
+    kind_of,
+    output_scale,
+    quantised,
+    shape_of,
+    widest,
+    words,
+)
 from .config import VARIANTS, LoRAConfig, scaling
-
-
-def kind_of(module: nn.Module) -> str | None:
-    """"linear", "conv1d" (GPT-2's: a linear that stores W transposed), "embedding", or None: cannot be adapted.
-
-    A layer that does something else with its weight does not count: a subclass with a forward of its own, a weight that
-    is computed (weight norm, parametrisation), an embedding that rescales its rows in forward (max_norm).
-    """
-    if quantised(module):
-        return "linear"
-    weight, forward = module._parameters.get("weight"), type(module).forward
-    if weight is None:
-        return None
-    if forward is nn.Linear.forward:
-        return "linear"
-    if forward is nn.Embedding.forward and module.max_norm is None:
-        return "embedding"
-    if type(module).__name__ == "Conv1D" and getattr(module, "nf", None) == weight.shape[-1]:
-        return "conv1d"
-    return None
-
-
-def words(kinds: tuple[str, ...]) -> str:
-    """Kinds of layers, as the end of an error message: "Linear, Conv1D or Embedding"."""
-    *first, last = [{"linear": "Linear", "conv1d": "Conv1D", "embedding": "Embedding"}[kind] for kind in kinds]
-    return f"{', '.join(first)} or {last}" if first else last
-
-
-def quantised(module: nn.Module) -> bool:
-    """A linear that keeps its weight in codes: ``dequantize()`` gives it as (out, in)."""
-    return hasattr(module, "dequantize") and hasattr(module, "in_features") and hasattr(module, "out_features")
-
-
-def dense_weight(base: nn.Module) -> Tensor:
-    """The layer's weight as (out, in): a view, or for a quantised layer a fresh tensor."""
-    if quantised(base):
-        return base.dequantize()
-    return base.weight if kind_of(base) == "linear" else base.weight.T
-
-
-def shape_of(base: nn.Module) -> tuple[int, int]:
-    """(out, in)"""
-    return (base.out_features, base.in_features) if kind_of(base) == "linear" else tuple(base.weight.T.shape)
-
-
-def adapter_options(base: nn.Module) -> dict:
-    """Device and dtype of an adapter on this layer: the base's, but at least fp32, where small steps are not lost.
-
-    A streamed layer (stream.py) rests on one device and computes on another, which it calls `compute_device`.
-    """
-    tensors = [*base.parameters(), *base.buffers()]
-    floats = [t.dtype for t in tensors if t.is_floating_point()] or [torch.float32]
-    return {"device": getattr(base, "compute_device", tensors[0].device), "dtype": torch.promote_types(floats[0], torch.float32)}
-
-
-def widest(t: Tensor) -> torch.dtype:
-    """fp64, or fp32 where the device has no fp64."""
-    return torch.float32 if t.device.type == "mps" else torch.float64
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -88,14 +44,14 @@ class LoRAFunction(torch.autograd.Function):
         ctx.scaling, ctx.dropout = scaling, dropout
         # drawn from the global generator, so that checkpointing, which restores it, draws the same mask again
         ctx.seed = int(torch.randint(2**62, ())) if dropout else 0
-        ctx.dequantize = base.dequantize if quantised(base) else None
+        ctx.dequantize = partial(dense_weight, base) if quantised(base) else None
         ctx.save_for_backward(x, A, B, None if quantised(base) else dense_weight(base))
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         seen = rows * keep_mask(rows, dropout, ctx.seed) if dropout else rows
         inner = seen @ A.to(x.dtype).T  # (N, r), before base(x), which then finds x in the cache
         y = base(x)  # (..., out), by the base's own kernel: with B = 0 the result is the base's, bit for bit
         y.view(-1, y.shape[-1]).addmm_(inner.to(y.dtype), B.to(y.dtype).T, alpha=scaling)
-        return y
+        return no_view(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -122,8 +78,14 @@ class LoRAFunction(torch.autograd.Function):
         return dx, dA, dB, None, None, None
 
 
+def no_view(y: Tensor) -> Tensor:
+    """The same memory, no view: autograd forbids an operation in place after a view that a function of ours returns."""
+    return y if torch.compiler.is_compiling() or not y._is_view() else torch.ops.aten._unsafe_view(y, y.shape)
+
+
 class Wrapper(nn.Module):
-    """A module around a `base_layer`. Code that asks it for a weight, bias or in_features finds the base's."""
+    """A module around a `base_layer`. Code that asks it for a weight, bias or in_features finds the base's, and who
+    sets a weight (to tie it) sets the base's."""
 
     def __getattr__(self, name: str):
         try:
@@ -132,6 +94,11 @@ class Wrapper(nn.Module):
             if name == "base_layer" or name.startswith("_"):
                 raise
             return getattr(super().__getattr__("base_layer"), name)
+
+    def __setattr__(self, name: str, value):
+        base = self.__dict__.get("_modules", {}).get("base_layer")
+        mine = base is None or name not in base._parameters or name in self._parameters
+        super().__setattr__(name, value) if mine else setattr(base, name, value)
 
 
 class AdapterLayer(nn.Module):
@@ -144,6 +111,7 @@ class AdapterLayer(nn.Module):
     """
 
     peft_type = "MINILORA"
+    mergeable = False  # whether it has merge(), unmerge() and merged
     config = None
 
     def __init__(self, base_layer: nn.Module):
@@ -157,6 +125,10 @@ class AdapterLayer(nn.Module):
     def saved(self) -> dict[str, Tensor]:
         """What a file holds of it, by the end of its key."""
         return self.own()
+
+    def plain_module(self) -> nn.Module:
+        """What is left of a merged one that stays merged for good."""
+        return self.base_layer
 
     def common(self) -> dict[str, Tensor]:
         """What a file holds once for all layers, by its key. What a file lacks of that stays as `shared` made it."""
@@ -176,6 +148,7 @@ class LoRALayer(Wrapper, AdapterLayer):
         scaling: what multiplies ``B @ A``, from alpha and rank.
     """
 
+    mergeable = True
     variant = "lora"  # its name in VARIANTS
     choice: dict = {}  # what asks for it in a LoRAConfig; a variant's is {"init": its name} if it does not say
     kinds = ("linear", "conv1d", "embedding")  # of base layers
@@ -234,6 +207,13 @@ class LoRALayer(Wrapper, AdapterLayer):
         """Its tensors, by name."""
         return {"lora_A": (rank, inp), "lora_B": (out, rank)}
 
+    def reset_parameters(self) -> None:
+        """Start again: what torch calls on a model that was made on the meta device, once it has memory and the base's
+        own weights."""
+        for t in (*self.parameters(recurse=False), *self.buffers(recurse=False)):
+            t.data.zero_()
+        self.start()
+
     def start(self) -> None:
         """Give the tensors, which are zero, the values that training starts from."""
         if self.kind == "embedding":
@@ -273,9 +253,11 @@ class LoRALayer(Wrapper, AdapterLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self.base_layer(x)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the compiler fuses the plain form by itself
+            return self.plain(x)
+        self.__dict__["unused_reads"] = 0
         frozen = not any(p is not None and p.requires_grad for p in self.base_layer._parameters.values())
-        plain = self.kind == "embedding" or not self.fused
-        if plain or not frozen or torch.compiler.is_compiling():  # the compiler fuses the plain form by itself
+        if self.kind == "embedding" or not self.fused or not frozen or execution_device(self.base_layer) is not None:
             return self.plain(x)
         dropout = self.dropout if self.training else 0.0
         return LoRAFunction.apply(x, *self.factors(), self.base_layer, self.scaling, dropout)
@@ -286,7 +268,10 @@ class LoRALayer(Wrapper, AdapterLayer):
 
     def product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """``x A^T B^T``, (..., out); for an embedding x holds row numbers."""
-        return (F.embedding(x, A.T, self.base_layer.padding_idx) if self.kind == "embedding" else x @ A.T) @ B.T
+        if self.kind != "embedding":
+            return x @ A.T @ B.T
+        scale = output_scale(self.base_layer)
+        return F.embedding(x, A.T, self.base_layer.padding_idx) @ B.T * (scale.to(B) if isinstance(scale, Tensor) else scale)
 
     @classmethod
     def keys_of(cls, kind: str) -> dict[str, str]:
@@ -328,8 +313,8 @@ class LoRALayer(Wrapper, AdapterLayer):
         if self.merged:
             return self.unmerged[1]
         if hasattr(self.base_layer, "compute_device"):
-            raise ValueError("cannot merge into a streamed weight: it is read-only and only visits the device. Keep the "
-                             "adapter beside it, or load the base whole")
+            raise ValueError("cannot merge into a streamed weight: it is read-only and only visits the device. Keep "
+                             "the adapter beside it, or load the base whole")
         if quantised(self.base_layer):
             raise ValueError("cannot merge into a quantised weight: its levels are too coarse for the update. Keep the "
                              "adapter beside it, or dequantise the base first")
@@ -348,6 +333,31 @@ class LoRALayer(Wrapper, AdapterLayer):
         if self.merged:
             self.base_layer.weight, self.unmerged = self.unmerged[0], ()
 
+    def __setattr__(self, name: str, value):
+        if name != "weight" or not self.__dict__.get("unmerged"):
+            return super().__setattr__(name, value)
+        self.unmerge()  # the base gets a new weight under a merged update: tie_weights()
+        super().__setattr__(name, value)
+        self.merge()
+
+    def __getattr__(self, name: str):
+        found = super().__getattr__(name)
+        if name == "weight" and not self.merged and not torch.compiler.is_compiling():
+            weight_read(self)
+        return found
+
+    # A merged layer's state is that of a plain layer, so that a merged model is saved as any other
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        inner = self.base_layer if self.merged else super()
+        return inner.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if not self.merged:
+            return super()._load_from_state_dict(state_dict, prefix, *args)
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}base_layer.{key[len(prefix):]}"] = state_dict.pop(key)
+
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         if self.merged:  # model.to(...) moves the kept weight too, in place: it may be tied to another layer's
@@ -359,6 +369,22 @@ class LoRALayer(Wrapper, AdapterLayer):
 
 
 VARIANTS[LoRALayer.variant] = LoRALayer
+
+
+def weight_read(layer: LoRALayer) -> None:
+    """Say once, by name, if a forward reads an adapted layer's weight again and again and never calls the layer: what
+    it computes with that weight knows nothing of the adapter."""
+    frame = sys._getframe(2)
+    caller = frame.f_code.co_qualname
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        frame = frame.f_back
+    if frame is None:
+        return  # not in a forward: who only looks may look
+    layer.__dict__["unused_reads"] = reads = layer.__dict__.get("unused_reads", 0) + 1
+    if reads == 2:
+        name = layer.__dict__.get("name", "a LoRA layer")
+        warnings.warn(f"{name}: {caller} reads its weight and does not call it, so its adapter does nothing there. "
+                      "Leave it out of target_modules, or merge", stacklevel=3)
 
 
 def keep_mask(like: Tensor, dropout: float, seed: int) -> Tensor:

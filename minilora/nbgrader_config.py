@@ -6,8 +6,13 @@
 before or after its own settings; nbgrader reads that file in the folder of the course.
 """
 
-from nbgrader.preprocessors import (CheckCellMetadata, ClearOutput, NbGraderPreprocessor, OverwriteCells,
-                                    OverwriteKernelspec)
+from nbgrader.preprocessors import (
+    CheckCellMetadata,
+    ClearOutput,
+    NbGraderPreprocessor,
+    OverwriteCells,
+    OverwriteKernelspec,
+)
 from traitlets.config import Config
 
 SECONDS = 600  # for one cell: some train for a minute on a slow machine, and nbgrader's own limit is 30 seconds

@@ -3,8 +3,8 @@
     inject(model, IA3()); report(model); save_adapter(model, folder); load_adapter(model, folder); remove(model)
 
 The config says which: PromptTuning, PrefixTuning, IA3, BottleneckAdapters or BitFit. Each wraps modules of the base,
-whose own weights are never written: `remove` takes the wrappers off again. LoRA and (IA)3 and BitFit start as their base
-does; virtual tokens and bottleneck adapters do not.
+whose own weights are never written: `remove` takes the wrappers off again. LoRA and (IA)3 and BitFit start as their
+base does; virtual tokens and bottleneck adapters do not.
 
 In shapes and counts B is batch, T tokens, C hidden size, L layers, K key/value heads, D head size, n virtual tokens.
 """
@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import FORMATS, Format
+from .bases import adapter_options, kind_of, shape_of
 from .config import ALL_LINEAR, LoRAConfig, entry_matches, require
-from .injection import METHODS, adapter_layers, choose
-from .layers import AdapterLayer, Wrapper, adapter_options, kind_of, shape_of
+from .injection import METHODS, adapter_layers
+from .layers import AdapterLayer, Wrapper
+from .peft_format import FORMATS, Format
+from .planning import choose
 
 
 def relative(method: type) -> type:
@@ -102,7 +104,8 @@ class PrefixTuning(VirtualTokens):
     def __post_init__(self):
         super().__post_init__()
         require(type(self.hidden) is int and self.hidden >= 0, "hidden must be 0 or a positive integer", self.hidden)
-        require(not (self.hidden and self.init_ids), "an MLP cannot start from words: init_ids must be empty, or hidden 0",
+        require(not (self.hidden and self.init_ids),
+                "an MLP cannot start from words: init_ids must be empty, or hidden 0",
              self.init_ids)
 
     def wrap(self, model: nn.Module) -> dict[nn.Module, AdapterLayer]:
@@ -200,7 +203,8 @@ BY_NAME = {method.__name__: method for method in Method.__args__}
 def written(model: nn.Module) -> dict:
     """The ``adapter_config.json`` of a model's adapters."""
     method = as_kept(next(iter(adapter_layers(model).values())).config)
-    return {"peft_type": AdapterLayer.peft_type, "method": type(method).__name__, "settings": dataclasses.asdict(method)}
+    return {"peft_type": AdapterLayer.peft_type, "method": type(method).__name__,
+            "settings": dataclasses.asdict(method)}
 
 
 def read(stored: dict) -> Method:

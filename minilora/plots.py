@@ -198,7 +198,7 @@ def timeline(points: Sequence[tuple[int, str]], *, title: str = "Bytes held, ope
 @styled
 def fit_grid(verdicts: Mapping[str, Mapping[str, "Verdict"]], *, title: str,
              xlabel: str = "", ylabel: str = "") -> tuple[Figure, str]:
-    """row -> column -> `memory.fitting.judge`'s verdict, as cells that say what is needed, in GiB; light is what fits."""
+    """row -> column -> `memory.fitting.judge`'s verdict, as cells that say what is needed (GiB); light is what fits."""
     rows, columns = list(verdicts), list(next(iter(verdicts.values())))
     shade = {"fits": 0.0, "too close to call": 0.35, "does not fit": 0.7}
     values = np.array([[shade[verdicts[row][column].answer] for column in columns] for row in rows])

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
+from .bases import dense_weight, kind_of, quantised, shape_of
 from .config import ALL_LINEAR, LoRAConfig
-from .injection import choose, inside_torch, replace, tied
-from .layers import LoRALayer, dense_weight, kind_of, quantised, shape_of
+from .injection import replace
+from .layers import LoRALayer, no_view
+from .planning import choose, inside_torch, tied
 
 BLOCK, ABSMAX_BLOCK = 64, 256  # weights that share an absmax; absmax that share a scale
 FP8 = torch.float8_e4m3fn
@@ -153,7 +156,7 @@ def dequantise_absmax(absmax: Tensor, scale: Tensor | None, mean: Tensor | None)
 def in_blocks(flat: Tensor, size: int) -> Tensor:
     """(n,) -> (n / size, size), the last row filled up with zeros."""
     short = -len(flat) % size
-    return (F.pad(flat, (0, short)) if short else flat).view(-1, size)
+    return rearrange(F.pad(flat, (0, short)) if short else flat, "(block size) -> block size", size=size)
 
 
 def unpack(codes: Tensor) -> Tensor:
@@ -228,7 +231,7 @@ class Linear4bitFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, bias: Tensor | None, layer: "Linear4bit") -> Tensor:
         ctx.layer, ctx.x_dtype, ctx.bias_dtype = layer, x.dtype, None if bias is None else bias.dtype
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return F.linear(x.to(dtype), layer.dequantize(dtype), None if bias is None else bias.to(dtype))
+        return no_view(F.linear(x.to(dtype), layer.dequantize(dtype), None if bias is None else bias.to(dtype)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

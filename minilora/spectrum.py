@@ -37,10 +37,13 @@ def product_svd(B: Tensor, A: Tensor, scale: float = 1.0) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def product_svdvals(B: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:
-    """The singular values alone, (min(r, out, in),), in a third of the time. Raises as `product_svd`."""
+    """The singular values alone, (min(r, out, in),), in a third of the time. Raises as `product_svd`.
+
+    Takes many updates of one shape at once too: B (..., out, r) and A (..., r, in) give (..., min(r, out, in)).
+    """
     B, A, weights, exponent = balanced(B, A, scale)
-    R_B, R_A = torch.linalg.qr(B, mode="r")[1], torch.linalg.qr(A.T, mode="r")[1]  # (r, r) each
-    return unscaled(torch.linalg.svdvals((R_B * weights) @ R_A.T), exponent)
+    R_B, R_A = torch.linalg.qr(B, mode="r")[1], torch.linalg.qr(A.mT, mode="r")[1]  # (..., r, r) each
+    return unscaled(torch.linalg.svdvals((R_B * weights[..., None, :]) @ R_A.mT), exponent)
 
 
 def product_norm(B: Tensor, A: Tensor, scale: float = 1.0) -> float:
@@ -60,29 +63,29 @@ def product_row_norms(B: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def balanced(B: Tensor, A: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``scale * B @ A`` as 2^exponent (B' * weights) @ A', where the largest entry of each column of B' and of each row
-    of A' is 1 and the largest weight is about 1. On these no step overflows, and a direction whose factors are 1e-20
-    and 1e20 keeps all its digits.
+    """``scale * B @ A``, one or many, as 2^exponent (B' * weights) @ A', where the largest entry of each column of B'
+    and of each row of A' is 1 and the largest weight is about 1. On these no step overflows, and a direction whose
+    factors are 1e-20 and 1e20 keeps all its digits.
 
     Returns:
-        B' (out, r), A' (r, in), weights (r,), exponent (a scalar of whole value).
+        B' (..., out, r), A' (..., r, in), weights (..., r), exponent (..., 1) of whole value.
     """
-    if B.dim() != 2 or A.dim() != 2 or B.shape[1] != A.shape[0] or not B.numel() or not A.numel():
+    if B.dim() < 2 or A.shape[:-2] != B.shape[:-2] or A.shape[-2] != B.shape[-1] or not B.numel() or not A.numel():
         swapped = B.dim() == A.dim() == 2 and A.shape[1] == B.shape[0]
         raise ValueError(f"expected B (out, r) and A (r, in), got {tuple(B.shape)} and {tuple(A.shape)}"
                          + "; the other way round they fit" * swapped)
-    B, A = matrix("B", B), matrix("A", A)
+    B, A = (matrix(name, X.flatten(0, -2)).view_as(X) for name, X in (("B", B), ("A", A)))
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     dtype = torch.promote_types(B.dtype, A.dtype)
     B, A = B.to(dtype), A.to(dtype)
-    b, a = B.abs().amax(0), A.abs().amax(1)  # (r,)
+    b, a = B.abs().amax(-2), A.abs().amax(-1)  # (..., r)
     (mb, eb), (ma, ea), (ms, es) = torch.frexp(b), torch.frexp(a), math.frexp(scale)
     weights = mb * ma * ms
     exponents = (eb + ea + es).masked_fill(weights == 0, -(2**14))  # below all others: a zero sets no scale
-    exponent = exponents.amax()
+    exponent = exponents.amax(-1, keepdim=True)
     weights *= (exponents - exponent).to(dtype).exp2()
-    return B / b.masked_fill(b == 0, 1), A / a.masked_fill(a == 0, 1)[:, None], weights, exponent
+    return B / b.masked_fill(b == 0, 1)[..., None, :], A / a.masked_fill(a == 0, 1)[..., None], weights, exponent
 
 
 def unscaled(x: Tensor, exponent: Tensor) -> Tensor:
@@ -106,53 +109,58 @@ def matrix(name: str, W: Tensor) -> Tensor:
 # How many directions a spectrum has
 
 
-def energy(S: Tensor) -> Tensor:
+def energy(S: Tensor, stacked: bool = False) -> Tensor:
     """The share of ||dW||_F^2 in the first 1, 2, ... directions, (k,); ones for a zero update.
 
     Args:
         S: (k,) singular values, largest first; here and in the functions below.
+        stacked: S is (n, k), n spectra at once, and the result has a leading n too: a tensor (n,) for a number.
 
     Raises:
         ValueError: S is no such list.
     """
-    e = relative(S).square().cumsum(0)  # (k,)
-    return e / e[-1] if e[-1] > 0 else torch.ones_like(e)
+    e = relative(S, stacked).square().cumsum(-1)  # (..., k)
+    return torch.where(e[..., -1:] > 0, e / e[..., -1:], 1.0)
 
 
-def rank_for_energy(S: Tensor, share: float = 0.9) -> int:
+def rank_for_energy(S: Tensor, share: float = 0.9, stacked: bool = False) -> int | Tensor:
     """The fewest directions that hold `share`, in (0, 1], of the energy; 0 for a zero update. Raises as `energy`."""
     if not 0 < share <= 1:
         raise ValueError(f"a share of the energy must be in (0, 1], got {share}")
-    e = energy(S)
-    return int((e < share).sum()) + 1 if S[0] > 0 else 0
+    return number(((energy(S, stacked) < share).sum(-1) + 1) * (S[..., 0] > 0))
 
 
-def stable_rank(S: Tensor) -> float:
+def stable_rank(S: Tensor, stacked: bool = False) -> float | Tensor:
     """||dW||_F^2 / ||dW||_2^2 (Rudelson and Vershynin 2007): 1 to k, 0 for a zero update. Raises as `energy`."""
-    return float(relative(S).square().sum())
+    return number(relative(S, stacked).square().sum(-1))
 
 
-def effective_rank(S: Tensor) -> float:
+def effective_rank(S: Tensor, stacked: bool = False) -> float | Tensor:
     """exp of the entropy of the singular values' shares of their sum (Roy and Vetterli 2007): 1 to k, 0 for a zero
     update. Raises as `energy`."""
-    p = relative(S)
-    p = p / p.sum().clamp_min(1)  # the largest is 1, or all are zero
-    return float(torch.special.entr(p).sum().exp()) if p[0] > 0 else 0.0
+    p = relative(S, stacked)
+    p = p / p.sum(-1, keepdim=True).clamp_min(1)  # the largest is 1, or all are zero
+    return number(torch.special.entr(p).sum(-1).exp() * (p[..., 0] > 0))
 
 
-def frobenius(S: Tensor) -> float:
+def frobenius(S: Tensor, stacked: bool = False) -> float | Tensor:
     """||dW||_F. Raises as `energy`."""
-    return float(S[0]) * float(relative(S).norm())
+    return number(S[..., 0].double() * relative(S, stacked).norm(dim=-1).double())
 
 
-def relative(S: Tensor) -> Tensor:
+def relative(S: Tensor, stacked: bool = False) -> Tensor:
     """S / S[0], so that no square overflows; zeros stay zeros."""
-    if S.dim() != 1 or not len(S) or not S.is_floating_point():
+    if S.dim() != 1 + stacked or not S.numel() or not S.is_floating_point():
         raise ValueError(f"expected singular values (k,), got {tuple(S.shape)} of {S.dtype}; for a matrix take "
                          "torch.linalg.svdvals, for factors product_svd")
-    if not (S.isfinite() & (S >= 0)).all() or (S[1:] > S[:-1]).any():
+    if not (S.isfinite() & (S >= 0)).all() or (S[..., 1:] > S[..., :-1]).any():
         raise ValueError(f"singular values must be finite, not negative, and largest first, got {S[:4].tolist()} ...")
-    return S / S[0] if S[0] > 0 else S
+    return S / torch.where(S[..., :1] > 0, S[..., :1], 1.0)
+
+
+def number(x: Tensor) -> int | float | Tensor:
+    """A scalar as Python's own; many stay a tensor."""
+    return x if x.dim() else x.item()
 
 
 # Which directions

@@ -7,7 +7,8 @@ stream weights that train, and so must write them and their states back; here ev
 
     build_store("llama-2-7b", "store", quantise="nf4")        # once: one safetensors file a layer
     model = StreamedLlama(Store.open("store"), "cuda")
-    inject(model, LoRAConfig()); train(model, ...)            # as ever
+    inject(model, LoRAConfig())
+    train(model, ..., loss=StreamedLlama.loss)                # else as ever
 
 Two slots on the device hold all that visits: while layer i computes in one, layer i + 1 (in backward i - 1) is copied
 into the other. Where the pass turns round, at the head and at the first layer, what is next is there already, so L
@@ -21,18 +22,14 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import require
-from .llama import Cache, Llama, rotary_tables
+from .llama import Cache, Llama
+from .losses import IGNORE, ChunkedCrossEntropy
 from .quant import Linear4bit, traced
+from .rotary import rotary_tables
 from .weight_store import ALIGN, Store, lay_out, skeleton
-
-LOSS_CHUNK = 512  # tokens whose logits stand at once; the planner's (memory/blocks.py) is the same
-IGNORE = -100  # a target that does not count, as torch's cross_entropy has it
-
 
 # ---------------------------------------------------------------- what moves
 
@@ -71,6 +68,7 @@ class LayerPrefetcher:
         self.holds: list[int | None] = [None, None]  # which shard is in a slot, or on its way there
         self.coming: list[Future | None] = [None, None]
         self.on_fetch: Callable[[int], None] | None = None  # called with the number of the shard that is there
+        self.before_copy: Callable[[int], None] | None = None  # called with the number of the shard that is to come
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         rests = [{(module, table, name): getattr(module, table)[name] for module, table, name in shard}
                  for shard in shards]
@@ -122,6 +120,8 @@ class LayerPrefetcher:
     def copy(self, i: int, free: "torch.cuda.Event | None") -> "tuple[torch.cuda.Event | None, float]":
         """Copy shard i into its slot; what tells that it is there, and the seconds it took."""
         start = perf_counter()
+        if self.before_copy:
+            self.before_copy(i)
         with torch.cuda.stream(self.side) if self.side else nullcontext():
             if self.side:
                 self.side.wait_event(free)
@@ -185,13 +185,17 @@ class StreamedLlama(Llama):
         self.model, self.lm_head = bare.model, bare.lm_head
         dtype, device, decoder = dtype or store.dtype, torch.device(device), self.model
         shards = [[] for _ in range(store.config.num_hidden_layers + 1)]  # the layers, then the head
+        names = [[] for _ in shards]
         for name, (module, table, own) in weights_of(self):
             tied = module is self.lm_head and store.config.tie_word_embeddings
-            rest = store.tensors["model.embed_tokens.weight" if tied else name]
+            at_rest = "model.embed_tokens.weight" if tied else name
+            rest = store.tensors[at_rest]
             if module is decoder.norm:  # stays on the device
-                rest = rest.to(device, dtype)
+                rest = rest.to(device, dtype, copy=True)  # no piece of a mapped file
             elif module is not decoder.embed_tokens:
-                shards[-1 if module is self.lm_head else int(name.split(".")[2])].append((module, table, own))
+                i = -1 if module is self.lm_head else int(name.split(".")[2])
+                shards[i].append((module, table, own))
+                names[i].append(at_rest)
             getattr(module, table)[own] = frozen(rest) if table == "_parameters" else rest
             module.compute_device = device  # where an adapter on it must be
             if isinstance(module, Linear4bit):
@@ -199,6 +203,7 @@ class StreamedLlama(Llama):
         decoder.cos, decoder.sin = (t.to(device, dtype) for t in rotary_tables(store.config))
         decoder.checkpointing = True
         self.visits = LayerPrefetcher(shards, device, dtype, prefetch)
+        self.visits.before_copy = lambda i: store.check_files(names[i])
         # hooks, not modules of our own: whatever looks for a Linear or an Embedding still finds one
         for i, block in enumerate(decoder.layers):
             block.register_forward_pre_hook(lambda block, args, i=i: self.visits.fetch(i))
@@ -209,7 +214,11 @@ class StreamedLlama(Llama):
             return rows.to(device, dtype)  # (B, T, C)
 
         # the embedding stays at rest: a step needs but a row a token
-        decoder.embed_tokens.register_forward_pre_hook(lambda embedding, args: (args[0].to(embedding.weight.device),))
+        def ids_to_rest(embedding: nn.Embedding, args: tuple) -> tuple[Tensor]:
+            store.check_files(["model.embed_tokens.weight"])
+            return (args[0].to(embedding.weight.device),)
+
+        decoder.embed_tokens.register_forward_pre_hook(ids_to_rest)
         decoder.embed_tokens.register_forward_hook(rows_to_device)
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
@@ -226,45 +235,13 @@ class StreamedLlama(Llama):
         self.visits.fetch(len(self.model.layers))  # in backward others have been here since
         return self.lm_head(y)
 
-    def chunked_loss(self, ids: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
-        """`masked_cross_entropy`, `LOSS_CHUNK` tokens' logits at a time, so that the (B T, V) of all never stand."""
+    def loss(self, ids: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
+        """`masked_cross_entropy`, a chunk of tokens at a time; for ``train(..., loss=StreamedLlama.loss)``."""
         counted = (targets != IGNORE).sum() if counted is None else counted
         y = self.decode(ids).flatten(0, 1)  # (B T, C)
         trained = [p for p in self.lm_head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-        return ChunkedLoss.apply(y, targets.flatten(), counted, self.lm_head, torch.is_grad_enabled(), *trained)
+        return ChunkedCrossEntropy.apply(y, targets.flatten(), counted, self.lm_head, torch.is_grad_enabled(), *trained)
 
     def _apply(self, fn, recurse=True):
         raise ValueError("a streamed decoder's weights stay where they are: say device and dtype when you make it, "
                          "StreamedLlama(store, device, dtype)")
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy of head(y), summed and divided by `counted`, chunk by chunk. The gradients of y and of what trains
-    in the head are made in forward, while the head is there: neither it nor any logits are needed in backward."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, targets: Tensor, counted: Tensor, head: nn.Module, wanted: bool,
-                *trained: Tensor) -> Tensor:
-        dy = torch.empty_like(y) if wanted and ctx.needs_input_grad[0] else None  # (N, C)
-        sums = [torch.zeros_like(p) for p in trained]
-        loss = torch.zeros((), device=y.device, dtype=torch.promote_types(y.dtype, torch.float32))
-        for start in range(0, len(y), LOSS_CHUNK):
-            piece = slice(start, start + LOSS_CHUNK)
-            rows = y[piece].detach().requires_grad_(dy is not None)  # (n, C)
-            with torch.set_grad_enabled(dy is not None or bool(trained)):
-                part = F.cross_entropy(head(rows), targets[piece], ignore_index=IGNORE, reduction="sum") / counted
-            loss += part.detach()
-            leaves = [rows] * (dy is not None) + list(trained)
-            grads = list(torch.autograd.grad(part, leaves)) if leaves else []
-            if dy is not None:
-                dy[piece] = grads.pop(0)
-            for total, grad in zip(sums, grads):
-                total += grad
-        ctx.save_for_backward(dy, *sums)
-        return loss.to(y.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        dy, *sums = ctx.saved_tensors
-        return None if dy is None else dy * grad, None, None, None, None, *(total * grad for total in sums)

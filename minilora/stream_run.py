@@ -20,9 +20,11 @@ import torch
 from tqdm.auto import tqdm
 
 from .adapters import save_adapter
+from .checkpoints import read_json
 from .config import ALL_LINEAR, LoRAConfig, require
+from .extract import check_device
 from .injection import inject
-from .llama import LlamaConfig, read_json
+from .llama import LlamaConfig
 from .memory.bill import Bill, estimate
 from .memory.cards import Card
 from .memory.config_file import suggest
@@ -31,12 +33,15 @@ from .memory.fitting import judge
 from .memory.models import FAMILIES, ModelSpec
 from .memory.run import Training
 from .quant import LEVELS
-from .weight_store import RECIPE, Source, Store, build_store
 from .stream import StreamedLlama, Traffic
 from .tables import bytes_text, table
 from .train import train
+from .weight_store import Source, Store, build_store
 
 M_MMAP_THRESHOLD = -3  # of mallopt
+# what a process on the CPU takes besides the plan: 8 MiB for the stack of the thread that prefetches, and what the
+# allocator and Python keep in reserve. Below it no error can be promised: C code that gets no memory ends the process
+FLOOR = 32 * 2**20
 UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -62,7 +67,17 @@ def size_of(text: str) -> int:
     """Bytes of "24GiB" and the like."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)", text.strip().upper())
     require(found, "budget must be a size such as 24GiB", text)
-    return int(float(found[1]) * UNITS[found[2]])
+    size = float(found[1]) * UNITS[found[2]]
+    require(0 < size < 2**63, "budget must be a size that a machine can have", text)
+    return int(size)
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, on which a run can be planned whether it is there or not; the default is cuda, if there
+    is one, else cpu."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
+    require(re.fullmatch(r"cpu|cuda(:\d{1,3})?", name), "device must be cpu, cuda or cuda:NUMBER", name)
+    return torch.device(name)
 
 
 # ---------------------------------------------------------------- what a process holds
@@ -143,7 +158,7 @@ def budget_of(device: torch.device, budget: int | None) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_DATA, (bytes_of("VmData") + budget, limits[1]))
         yield
     except (MemoryError, RuntimeError) as e:
-        if budget is None or not (isinstance(e, MemoryError) or "memory" in str(e)):
+        if budget is None or not (isinstance(e, MemoryError) or "memory" in str(e) or "new thread" in str(e)):
             raise
         raise ValueError(f"the run did not fit into its budget of {bytes_text(budget)}: {e}") from None
     finally:
@@ -161,7 +176,7 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     store = Store.make(Source(LlamaConfig(64, 64, 64, 2, 2), dtype), "nf4")
     model = inject(StreamedLlama(store, device), LoRAConfig(2, 4))
     ids = torch.zeros(1, 8, dtype=torch.long, device=device)
-    train(model, lambda step: (ids, ids), steps=2, lr=1e-3, progress=False)
+    train(model, lambda step: (ids, ids), steps=2, lr=1e-3, progress=False, loss=StreamedLlama.loss)
 
 
 def measure(store: Store, lora: LoRAConfig, batch: int, seq: int, steps: int, device: torch.device,
@@ -185,8 +200,8 @@ def measure(store: Store, lora: LoRAConfig, batch: int, seq: int, steps: int, de
             bar.update()
 
         model.visits.on_fetch = told
-        log = train(model, lambda step: (ids, targets), steps=steps, lr=1e-4, progress=False, on_step=lambda *state:
-                    seen.append((replace(model.visits.traffic), state[2].seconds)))
+        log = train(model, lambda step: (ids, targets), steps=steps, lr=1e-4, progress=False, loss=StreamedLlama.loss,
+                    on_step=lambda *state: seen.append((replace(model.visits.traffic), state[2].seconds)))
         bar.close()
         if out:
             save_adapter(model, out)
@@ -217,15 +232,15 @@ def stream_command(parser, arguments: list[str]) -> None:
     parser.add_argument("--plan", action="store_true", help="say what it would take, and stop")
     parser.add_argument("--json", action="store_true")
     o = parser.parse_args(arguments)
-    device = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    budget, card = size_of(o.budget) if o.budget else None, Card.of(o.card)
+    device = device_of(o.device)
+    budget, card = size_of(o.budget) if o.budget is not None else None, Card.of(o.card)
     if o.quantise is not None and o.quantise not in LEVELS:
         raise ValueError(f"no quantisation {o.quantise!r}; {suggest(o.quantise, LEVELS)}")
-    require(o.steps > 0, "steps must be a positive integer", o.steps)
+    require(0 < o.steps < 2**31, "steps must be a positive integer", o.steps)
     base = o.base or ("disk" if o.store else "host")
     if base == "disk" and not (o.store or o.plan):
         raise ValueError("base disk needs --store, a folder for it")
-    if o.model:
+    if o.model is not None:
         source = config = config_of(o.model)
     else:
         if not o.config.is_dir():
@@ -236,13 +251,16 @@ def stream_command(parser, arguments: list[str]) -> None:
     run = Training("qlora" if o.quantise else "lora", o.rank, targets, o.batch, o.seq, checkpointing=True, base=base,
                    offload=o.offload)
     bill = estimate(ModelSpec.from_config(config.to_hf() | {"_name_or_path": o.model or o.config.name}), run)
-    if budget and bill.peak > budget:
-        raise ValueError(f"the plan needs {bytes_text(bill.peak)} of device memory, more than the budget of "
+    floor = FLOOR if device.type == "cpu" else 0
+    if budget and bill.peak + floor > budget:
+        itself = f", and a process on the CPU {bytes_text(floor)} for itself" * bool(floor)
+        raise ValueError(f"the plan needs {bytes_text(bill.peak)} of device memory{itself}: more than the budget of "
                          f"{bytes_text(budget)}; shorter sequences, --offload or --quantise nf4 take less")
     verdict, found = judge(bill, card), None
     if not o.json:
         print(f"{bill.spec.name}: {bill.spec.parameters:,} weights\n\nThe plan\n\n{bill}\n\n{verdict}\n", flush=True)
     if not o.plan:
+        check_device(str(device))
         check_system(device)
         if o.store:
             build_store(source, o.store, o.quantise, device=device, progress=not o.json and sys.stderr.isatty())

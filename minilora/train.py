@@ -1,29 +1,25 @@
-"""One training loop for every experiment: pretraining, full fine-tuning and LoRA differ only in what has requires_grad."""
+"""One training loop for every run: pretraining, full fine-tuning and LoRA differ only in what has requires_grad."""
 
-import argparse
 import json
 import math
-import os
 import random
-import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import distributed
-from .config import is_number, require
-from .helpdesk import IGNORE, check_name, endless_batches, evaluate, load_task, tokenizer
-from .llama import Llama, LlamaConfig
-from .shipped import written
+from .checkpoints import read_safetensors, save_tensors, write_file
+from .config import check_name, is_number, require
+from .injection import without_gradient
+from .losses import IGNORE, masked_cross_entropy
 
+Loss = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
 SCHEDULES = {
     "constant": lambda share: 1.0,
     "linear": lambda share: 1 - share,
@@ -60,25 +56,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def masked_cross_entropy(model: nn.Module, ids: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy over the targets that are not -100. ids, targets (B, T) -> scalar.
-
-    With `counted`, the sum divided by that: for rows that are a part of a batch, their part of its mean.
-    """
-    if hasattr(model, "chunked_loss"):  # a streamed decoder's, which never has all logits at once
-        return model.chunked_loss(ids, targets, counted)
-    logits, targets = model(ids).flatten(0, 1), targets.flatten()  # (B T, V), (B T,)
-    if counted is None:
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / counted
-
-
 def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, steps: int, lr: float,
-          warmup: int = 10, schedule: str = "cosine", weight_decay: float = 0.0, clip: float | None = 1.0, seed: int = 0,
+          warmup: int = 10, schedule: str = "cosine", weight_decay: float = 0.0, clip: float | None = 1.0,
+          seed: int = 0,
           parameters: Iterable | None = None, optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
           on_step: Callable[[int, nn.Module, Log], None] | None = None, checkpoint: str | Path | None = None,
           every: int = 200, stop_at: int | None = None, progress: bool = True, accumulation: int = 1,
-          parallel: str | None = None) -> Log:
+          parallel: str | None = None, loss: Loss = masked_cross_entropy) -> Log:
     """Train `model` in place on the parameters that have requires_grad.
 
     Under torchrun, every process calls this with the same arguments. Each takes its rows of every batch; the numbers
@@ -102,8 +86,11 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
         accumulation: in how many parts, one after the other, each process takes its rows of a batch; less memory for
             activations, and no more exchange of gradients than without.
         parallel: how several processes share the model, "ddp" or "fsdp": see `distributed.share_out`. Under "fsdp" it
-            stays shared out, and what reads it afterwards (`save_adapter`, `evaluate`) is to be called in every process.
-            Dropout differs from one process to the other. Without torchrun it makes no difference.
+            stays shared out, and what reads it afterwards (`save_adapter`, `evaluate`) is to be called in every
+            process. Dropout differs from one process to the other. Without torchrun it makes no difference.
+
+        loss: called as loss(model, ids, targets, counted) for each part of a batch; `counted` is the number of targets
+            of the whole batch to divide the sum by, or None where the part is the batch.
 
     Returns:
         Log: loss, learning rate and gradient norm of every step.
@@ -166,20 +153,23 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
                 distributed.seed_step(seed, step)
             batch = tuple(t.to(device) for t in batches(step))
             counted = (batch[1] != IGNORE).sum() if processes * accumulation > 1 else None
-            loss = 0
+            total = 0
             for i in range(accumulation):
                 with distributed.syncing(net, i + 1 == accumulation):
                     rows = distributed.piece(batch, rank * accumulation + i, processes * accumulation)
-                    part = masked_cross_entropy(net, *rows, counted)
+                    part = loss(net, *rows, counted)
                     (part * processes).backward()  # gradients are averaged over the processes
-                    loss = loss + part.detach()
-            loss = distributed.gathered(loss).sum()
+                    total = total + part.detach()
+            if step == starts[0] and rank == 0 and (dead := without_gradient(net)):
+                warnings.warn(f"no gradient reaches the adapters at {', '.join(dead[:5])}{', ...' * (len(dead) > 5)}: "
+                              "they will stay as they started", stacklevel=2)
+            total = distributed.gathered(total).sum()
             norm = distributed.full_tensor(nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip))
-            if not (loss.isfinite() and norm.isfinite()):
+            if not (total.isfinite() and norm.isfinite()):
                 opt.zero_grad()
-                raise ValueError(f"at step {step} the loss is {loss.item()} and the gradient's norm {norm.item()}: the "
-                                 f"learning rate {lr} is too high, or the batch has no target")
-            log.loss.append(loss.item())
+                raise ValueError(f"at step {step} the loss is {total.item()} and the gradient's norm {norm.item()}: "
+                                 f"the learning rate {lr} is too high, or the batch has no target")
+            log.loss.append(total.item())
             log.lr.append(opt.param_groups[0]["lr"])
             log.grad_norm.append(norm.item())
             if on_step is not None:
@@ -207,10 +197,9 @@ def save_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
     if distributed.is_main_process():
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(path.name + ".tmp")
         tensors["rng"] = torch.get_rng_state()
-        save_file(tensors, fresh, {"run": json.dumps(run), "log": json.dumps(asdict(log))})
-        os.replace(fresh, path)
+        metadata = {"run": json.dumps(run), "log": json.dumps(asdict(log))}
+        write_file(path, lambda file: save_tensors(tensors, file, metadata))
     distributed.wait_for_all()
 
 
@@ -222,9 +211,8 @@ def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
     """
     params: dict[int, Tensor] = {}
     state: dict[int, dict[str, Tensor]] = {}
+    tensors, metadata = read_safetensors(Path(path), kind="not a training checkpoint")
     try:
-        with safe_open(path, framework="pt") as f:
-            tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
         was, log = dict(**json.loads(metadata["run"])), Log(**json.loads(metadata["log"]))
         rng = torch.Generator()
         rng.set_state(tensors.pop("rng"))  # fails here if it is no random state
@@ -251,87 +239,3 @@ def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
             p.copy_(distributed.like(params[i], p))
     torch.set_rng_state(rng.get_state())
     return log
-
-
-# ---------------------------------------------------------------- the base
-
-CARD = """# The help-desk base{kind}
-
-A Llama-style decoder of {parameters:,} parameters for the made-up support conversations of `minilora/helpdesk.py`.
-
-- Data: the `general` corpus, drawn without end (seed {seed}), in the second part with more of its
-  questions about listed facts; only replies are scored. No slot combination or phrasing of the validation and test files is in it.
-- Command: `{command}` ({steps} + {more} steps of {batch} conversations{stopped})
-- Time: {hours:.2f} hours on {threads} threads, torch {torch}
-- Held-out (`general`, test file): loss {score.loss:.4f} nats a token, exact match {score.exact:.1%}
-- The loss of every tenth step is in `log.json`.
-"""
-
-
-def pretrain(folder: Path, steps: int, more: int, early: int, batch: int, lr: float, seed: int = 0,
-             parallel: str | None = None) -> None:
-    """Pretrain the base: write ``base`` and, as it stands after `early` steps, ``base_early`` to `folder`.
-
-    `steps` at a peak learning rate of `lr`, then `more` at a third of it, in which every other conversation is one
-    about listed facts: looking up comes late. A run that was interrupted goes on from its checkpoints in `folder`.
-
-    Raises:
-        ValueError: `early` is not among the first `steps`; else what `train` and `stream` raise.
-    """
-    require(steps < 1 or 0 <= early < steps, f"early must be from 0 to below the {steps} steps", early)
-    config = LlamaConfig(len(tokenizer()), hidden_size=160, intermediate_size=448, num_hidden_layers=4,
-                         num_attention_heads=5, max_position_embeddings=256, tie_word_embeddings=True)
-    model = Llama(config, seed)
-    run = {"steps": steps, "more": more, "early": early, "batch": batch, "lr": lr, "seed": seed}
-    command = " ".join(["python -m minilora.train", *(f"--{key} {value}" for key, value in run.items())])
-    examples = load_task("general").test
-
-    def ship(name: str, log: Log) -> None:
-        model.save_pretrained(folder / name)
-        score = evaluate(model, examples)
-        if not distributed.is_main_process():
-            return
-        tokenizer().save(folder / name / "tokenizer.json")
-        log.save(folder / name / "log.json", every=10)
-        is_early = name == "base_early"
-        (folder / name / "README.md").write_text(CARD.format(
-            kind=", stopped early" * is_early, stopped=f", stopped after {early}" * is_early, command=command, **run,
-            parameters=log.trained, hours=log.seconds / 3600, threads=torch.get_num_threads(), torch=torch.__version__,
-            score=score))
-
-    def on_step(step: int, model: nn.Module, log: Log) -> None:
-        if step == early:  # gradients are there, the weights are those of `early` steps
-            ship("base_early", log)
-
-    common = {"warmup": 100, "weight_decay": 0.1, "seed": seed, "parallel": parallel}
-    log = train(model, endless_batches("general", batch=batch, seed=seed), steps=steps, lr=lr, **common,
-                on_step=on_step, checkpoint=folder / "pretraining_1.safetensors")
-    second = train(model, endless_batches("general", "facts", batch=batch, seed=seed), steps=more, lr=lr / 3, **common,
-                   checkpoint=folder / "pretraining_2.safetensors")
-    log = Log(log.loss + second.loss, log.lr + second.lr, log.grad_norm + second.grad_norm,
-              log.seconds + second.seconds, log.trained)
-    ship("base", log)
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m minilora.train", description="Pretrain the base of the notebooks.")
-    parser.add_argument("--folder", type=Path, help="where to; data/ of the checkout by default")
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--more", type=int, default=2000)
-    parser.add_argument("--early", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parallel", choices=distributed.WAYS, help="under torchrun: how its processes share the model")
-    try:
-        options = vars(parser.parse_args(arguments))
-        pretrain(written(options.pop("folder"), "the base"), **options)
-    except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun one speaks
-            print(f"minilora.train: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

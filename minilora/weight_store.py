@@ -10,20 +10,21 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapters import fingerprint
+from .checkpoints import checksum, lock, read_json, read_safetensors, save_tensors, write_file
 from .config import require
 from .injection import replace
-from .llama import Block, Llama, LlamaConfig, read_json
+from .llama import Block, Llama, LlamaConfig
 from .quant import LEVELS, Linear4bit, quantise_model
 from .tables import bytes_text
 
@@ -65,12 +66,14 @@ class Store:
     Attributes:
         config: the decoder's shape. quantise: None, or what its layers' linears are stored in ("nf4", "int4").
         dtype: of everything else. tensors: by their names in the state_dict.
+        files: where each tensor is mapped from, and that file's bytes; empty for a store in host memory.
     """
 
     config: LlamaConfig
     quantise: str | None
     dtype: torch.dtype
     tensors: dict[str, Tensor]
+    files: dict[str, tuple[Path, int]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +94,7 @@ class Store:
         folder = Path(folder)
         if not (folder / RECIPE).is_file():
             raise ValueError(f"{folder} is no store: it holds no {RECIPE}; build_store makes one")
-        recipe = read_json(folder / RECIPE)
+        recipe = read_json(folder / RECIPE, "a store")
         try:
             config, kind, dtype = LlamaConfig.from_hf(recipe["config"]), recipe["quantise"], DTYPES[recipe["dtype"]]
             shards = shards_of(skeleton(config, kind, dtype))
@@ -100,11 +103,25 @@ class Store:
         if missing := [name for name in shards if not (folder / f"{name}.safetensors").is_file()]:
             raise ValueError(f"the store in {folder} is not complete: it lacks {missing[0]}.safetensors"
                              + f" and {len(missing) - 1} more" * (len(missing) > 1) + "; build it again, it goes on")
-        tensors = {}
+        tensors, files = {}, {}
         for name, expected in shards.items():
-            found = read_shard(folder / f"{name}.safetensors", recipe, expected, verify)
+            file = folder / f"{name}.safetensors"
+            size = file.stat().st_size
+            found = read_shard(file, recipe, expected, verify)
             tensors |= held(found) if hold else found
-        return cls(config, kind, dtype, tensors)
+            files |= dict.fromkeys(found, (file, size))
+        return cls(config, kind, dtype, tensors, {} if hold else files)
+
+    def check_files(self, names: Iterable[str]) -> None:
+        """Look whether the files of these tensors are still as long as they were. Where a mapped file has been cut,
+        reading it kills the process (SIGBUS), and no Python is asked; a cut within the instant after this still does.
+
+        Raises:
+            ValueError: a file is gone, or has another size.
+        """
+        for file, size in {self.files[name] for name in names if name in self.files}:
+            now = file.stat().st_size if file.is_file() else None
+            require(now == size, f"{file} has changed under the run: it had {size:,} bytes; its bytes now", now)
 
     @classmethod
     def make(cls, source: "Source", quantise: str | None = None, device: str | torch.device = "cpu") -> "Store":
@@ -172,7 +189,7 @@ def build_store(source: str | Path | LlamaConfig, folder: str | Path, quantise: 
     """Write a store: one safetensors file for the embedding, for each layer and for the head.
 
     One shard at a time is in memory. A file has its final name only when it is whole, so after an interruption the
-    same call goes on where the last one stopped.
+    same call goes on where the last one stopped. One process at a time builds in a folder.
 
     Args:
         source: a checkpoint folder of the Llama family; or a shape, for random weights, to measure with.
@@ -180,7 +197,8 @@ def build_store(source: str | Path | LlamaConfig, folder: str | Path, quantise: 
         dtype: of the weights that stay dense. device: where random numbers and codes are computed.
 
     Raises:
-        ValueError: as `Source`, an unknown quantisation, a folder that holds another store, or too small a disk.
+        ValueError: as `Source`, an unknown quantisation, a folder that holds another store or in which another process
+            builds, or too small a disk.
         OSError: a file could not be written; none is half written under its final name.
     """
     require(quantise is None or quantise in LEVELS, f"quantise must be None or one of {', '.join(LEVELS)}", quantise)
@@ -188,9 +206,31 @@ def build_store(source: str | Path | LlamaConfig, folder: str | Path, quantise: 
     name_of_dtype = next(name for name, d in DTYPES.items() if d == dtype)
     recipe = {"config": source.config.to_hf(), "quantise": quantise, "dtype": name_of_dtype, "source": source.name}
     folder.mkdir(parents=True, exist_ok=True)
+    with builder_of(folder):
+        finish_store(source, folder, recipe, quantise, dtype, device, progress)
+
+
+@contextmanager
+def builder_of(folder: Path) -> Iterator[None]:
+    """Inside it no other process builds in `folder`, on systems that have locks; a lock ends with its process."""
+    try:
+        held = lock(folder)
+    except BlockingIOError:
+        raise ValueError(f"another process is building a store in {folder}: wait for it, or name another "
+                         "folder") from None
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def finish_store(source: Source, folder: Path, recipe: dict, quantise: str | None, dtype: torch.dtype,
+                 device: str | torch.device, progress: bool) -> None:
+    """Write what is not there yet of the store that the recipe describes."""
     if not (folder / RECIPE).exists():
-        write(folder / RECIPE, lambda path: path.write_text(json.dumps(recipe, indent=2) + "\n"))
-    elif (there := read_json(folder / RECIPE)) != recipe:
+        write_file(folder / RECIPE, lambda path: path.write_text(json.dumps(recipe, indent=2) + "\n"))
+    elif (there := read_json(folder / RECIPE, "a store")) != recipe:
         other = ", ".join(f"{k} {there.get(k)!r} there, {v!r} here" for k, v in recipe.items() if there.get(k) != v)
         raise ValueError(f"{folder} holds another store ({other}): choose another folder, or delete it")
     wanted, plain = shards_of(skeleton(source.config, quantise, dtype)), shards_of(source.plain)
@@ -203,32 +243,13 @@ def build_store(source: str | Path | LlamaConfig, folder: str | Path, quantise: 
         tensors = {key: t.cpu().contiguous() for key, t in
                    source.shard(name, plain[name], quantise, device).items()}
         metadata = {"format": "pt", "store": digest_of(recipe), "sha256": checksum(tensors)}
-        write(folder / f"{name}.safetensors", lambda path: save_file(tensors, path, metadata))
+        write_file(folder / f"{name}.safetensors", partial(save_tensors, tensors, metadata=metadata))
         del tensors
-
-
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write a file beside `path`, then give it its name; an OSError says why it could not."""
-    fresh = path.with_name(path.name + ".tmp")
-    try:
-        save(fresh)
-        with open(fresh, "rb") as f:
-            os.fsync(f.fileno())  # so that a power cut after the renaming finds the bytes
-        os.replace(fresh, path)
-    except Exception as e:  # safetensors has an error of its own for a full disk
-        raise OSError(f"could not write {path}: {e}") from None
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def read_shard(path: Path, recipe: dict, expected: dict[str, Tensor], verify: bool = True) -> dict[str, Tensor]:
     """The tensors of a shard, mapped; a ValueError if it is not what the recipe made."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
-    except Exception as e:  # the reader's errors have no common class: SafetensorError, OSError, KeyError, ...
-        raise ValueError(f"{path} is truncated, damaged or no safetensors file: {e!r}; delete it and build the store "
-                         "again") from None
+    tensors, metadata = read_safetensors(path, advice="; delete it and build the store again")
     if metadata.get("store") != digest_of(recipe):
         raise ValueError(f"{path} is a shard of another store than {RECIPE} beside it")
     shapes = lambda ts: {name: (t.shape, t.dtype) for name, t in ts.items()}
@@ -245,15 +266,6 @@ def whole(path: Path, recipe: dict, expected: dict[str, Tensor]) -> bool:
 
 def digest_of(recipe: dict) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """Of all names and bytes."""
-    total = hashlib.sha256()
-    for name, t in sorted(tensors.items()):
-        total.update(name.encode())
-        total.update(t.flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
 
 
 def held(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

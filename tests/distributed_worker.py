@@ -1,5 +1,6 @@
 """What each process of tests/test_distributed.py runs: torchrun ... tests/distributed_worker.py JOB FOLDER"""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,13 +9,25 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import small
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from minilora import LoRAConfig, inject, lora_parameters, save_adapter
-from minilora.helpdesk import IGNORE
+from minilora import (
+    AdapterBank,
+    LoRAConfig,
+    inject,
+    load_adapter,
+    lora_parameters,
+    merge,
+    remove,
+    report,
+    save_adapter,
+    unmerge,
+)
 from minilora.distributed import WAYS, Wire, is_main_process
+from minilora.helpdesk import IGNORE
 from minilora.llama import Llama, LlamaConfig
 from minilora.train import Log, train
 
@@ -74,7 +87,7 @@ def at_birth(folder: Path, **settings) -> None:
 
 
 def variant(name: str, **settings) -> list[float]:
-    """Losses of a short run of a model of another kind, in double precision; of a 16-bit base the first gradient's norm."""
+    """Losses of a short run of a model of another kind, in double precision; of a 16-bit base the first norm."""
     kinds = {"dora": {"use_dora": True}, "pissa": {"init": "pissa"}}
     if name == "looked at":  # every weight trains, and a forward before the update gathers those of this step
         look = torch.no_grad()(lambda step, m, log: m(data(step)[0]))
@@ -130,6 +143,19 @@ def compare(folder: Path) -> dict:
     return found
 
 
+def waiting(folder: Path, parallel: str, victim: int | None = None) -> None:
+    """A long run; from step 3 on process `victim` is paused, if there is one. Files say which process it is, and that
+    step 3 has been reached."""
+
+    def on_step(step: int, m: nn.Module, log: Log) -> None:
+        if step == 3 and victim in (None, rank()):
+            (folder / "step 3").write_text(str(os.getpid()))
+            if victim is not None:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    run(model(), steps=10**6, parallel=parallel, on_step=on_step)
+
+
 def interrupted(folder: Path, parallel: str, victim: int | None = None) -> dict:
     """A run that saves as it goes; at step 12 process `victim` is killed."""
 
@@ -145,9 +171,44 @@ def interrupted(folder: Path, parallel: str, victim: int | None = None) -> dict:
     return {"loss": log.loss}
 
 
+ARCHITECTURES = {"llama": small.hf_llama, "gpt2": small.gpt2, "bert": small.bert}
+
+
+def verbs(folder: Path) -> dict:
+    """Train, report, save, load, merge, unmerge, remove and a bank, on models of transformers that are shared out."""
+    found = {}
+    for parallel, (name, make) in itertools.product(WAYS, ARCHITECTURES.items()):
+        here, m = folder / f"{parallel} {name}", inject(make(), ADAPTER)
+        losses = run(m, lambda step: (small.IDS, small.IDS), stop_at=3, parallel=parallel).loss
+        with torch.no_grad():
+            trained = m.eval()(small.IDS).logits
+        save_adapter(m, here)
+        dist.barrier()  # process 0 has written it
+        again = load_adapter(make(), here)
+        said = {}
+        for verb, call in (("merge", merge), ("bank", lambda m: AdapterBank(m)), ("remove", remove)):
+            try:
+                call(m)
+            except ValueError as e:
+                said[verb] = str(e)
+            if verb == "merge" and not said:
+                said["merged"] = float((small.logits(m) - trained).abs().max())
+                unmerge(m)
+        found[f"{parallel} {name}"] = {
+            "losses": losses, "trainable": report(again).trainable, "said": said,
+            "loaded": float((small.logits(again) - trained).abs().max()),
+            "moved": float((small.logits(make()) - trained).abs().max()),
+            "removed": "remove" in said or torch.equal(small.logits(m), small.logits(make()))}
+    return found
+
+
 def main(job: str, folder: Path, *rest: str) -> None:
     if job == "compare":
         found = compare(folder)
+    elif job == "verbs":
+        found = verbs(folder)
+    elif job == "wait":
+        waiting(folder, rest[0], *map(int, rest[1:]))
     elif job == "kill":
         found = interrupted(folder, rest[0], int(rest[1]))
     else:

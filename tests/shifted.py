@@ -6,7 +6,6 @@ operation returns 4 to 60 bytes off that boundary, in forward, in backward and i
 shows it.
 """
 
-import os
 import random
 
 import numpy
@@ -28,7 +27,7 @@ class Shifted(TorchDispatchMode):
 
     def __init__(self, seed: int = 0):
         super().__init__()
-        self.random, self.moved = random.Random(seed), 0
+        self.random = random.Random(seed)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         given = {storage(t) for t in tree_leaves((args, kwargs)) if plain(t)}
@@ -42,7 +41,6 @@ class Shifted(TorchDispatchMode):
         buffer = numpy.empty(t.untyped_storage().nbytes() + 2 * BOUNDARY, numpy.uint8)
         start = -buffer.ctypes.data % BOUNDARY + size * self.random.randrange(max(1, 4 // size), BOUNDARY // size)
         home = torch.frombuffer(buffer, dtype=t.dtype, count=t.untyped_storage().nbytes() // size, offset=start)
-        self.moved += 1
         return home.as_strided(t.shape, t.stride(), t.storage_offset()).copy_(t)
 
 

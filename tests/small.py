@@ -84,12 +84,12 @@ def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 
 @torch.no_grad()
 def roundings(got, expected) -> float:
-    """How far two tensors (or lists of them, or numbers in fp32) lie apart: the largest difference, in units of what
+    """How far two tensors (or lists of them) lie apart: the largest difference, in units of what
     one rounding to their dtype may change the largest value expected.
 
     Two orders of one sum differ by a few; what is computed from it by some more. A wrong formula is off by thousands.
     """
-    got, expected = ([torch.as_tensor(t) for t in (x if isinstance(x, (list, tuple)) else [x])] for x in (got, expected))
+    got, expected = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (got, expected))
     assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in expected]
     apart = max((a.double() - b.double()).abs().max().item() for a, b in zip(got, expected, strict=True))
     one = torch.finfo(expected[0].dtype).eps * max(t.abs().max().item() for t in expected)
@@ -130,7 +130,8 @@ def same(a: dict, b: dict) -> bool:
     )
 
 
-def lora_layer(base: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.0, use_rslora: bool = False, **variant):
+def lora_layer(base: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.0, use_rslora: bool = False,
+               **variant):
     """A layer of the variant that a config with these settings would choose."""
     layer = variants()[LoRAConfig(**variant).variant]
     return layer(base, rank, alpha, dropout, use_rslora)

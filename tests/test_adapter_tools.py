@@ -4,9 +4,11 @@ import json
 import math
 import re
 import shutil
+import time
 import warnings
 import weakref
 from pathlib import Path
+from statistics import median
 
 import pytest
 import small
@@ -15,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from small import logits, shake
 from torch import Tensor
 
-from minilora import LoRAConfig, adapter_tools, fingerprint, inject, load_adapter, merge, save_adapter
+from minilora import LoRAConfig, extract, fingerprint, inject, load_adapter, merge, save_adapter
 from minilora.__main__ import main
-from minilora.adapters import keys_of, peft_config, read_adapter, write_adapter
-from minilora.adapter_tools import extract_adapter, inspect_adapter, plot_energy, truncate_adapter
+from minilora.adapter_tools import inspect_adapter, plot_energy
+from minilora.adapters import read_adapter, write_adapter
+from minilora.extract import extract_adapter, truncate_adapter
 from minilora.injection import lora_layers
 from minilora.llama import Llama
-from minilora.spectrum import energy, stable_rank
+from minilora.peft_format import keys_of, peft_config
+from minilora.spectrum import effective_rank, energy, frobenius, product_svdvals, rank_for_energy, stable_rank
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +179,53 @@ def test_16_bit_files(tmp_path):
     report = inspect_adapter(folder)
     assert report.dtypes == ("bfloat16",) and ", bfloat16" in str(report)
     assert report.modules[0].S.tolist() == pytest.approx([3, 2, 1, 0], abs=0.03)
+
+
+def test_a_deep_model_takes_a_moment(tmp_path):
+    """882 modules, of two shapes and three scalings; each figure is that of the module looked at alone."""
+    names, tensors = [f"layers.{i}.{end}" for i in range(126) for end in "abcdefg"], {}
+    for name in names:
+        keys, width = keys_of(name, "linear"), 9 if name.endswith("g") else 12
+        tensors |= {keys["lora_A"]: torch.randn(4, width), keys["lora_B"]: torch.randn(10, 4)}
+    tensors[keys_of(names[5], "linear")["lora_B"]].zero_()
+    alphas = {"a": 3, r"layers\.1\d\.b": 5}
+    write_adapter(tmp_path, tensors, peft_config(LoRAConfig(4, target_modules=tuple("abcdefg"), alpha_pattern=alphas)))
+    start = time.process_time()
+    report = inspect_adapter(tmp_path)
+    assert len(str(report).splitlines()) > 882 and len(report.to_dict()["modules"]) == 882
+    assert time.process_time() - start < 5  # it took 45 s when each row asked for all the norms
+    assert [m.name for m in report.modules] == names and report.modules[5].norm == 0 and report.modules[5].dead == 4
+    for m in report.modules[::50]:
+        A, B = (tensors[keys_of(m.name, "linear")[own]] for own in ("lora_A", "lora_B"))
+        S = product_svdvals(B, A, m.scaling)
+        assert far(m.S, S) <= 1e-6 * S[0] and m.norm == pytest.approx(frobenius(S), rel=1e-6)
+        assert (m.stable_rank, m.effective_rank) == pytest.approx((stable_rank(S), effective_rank(S)), rel=1e-5)
+        assert m.rank_for_90 == rank_for_energy(S, 0.9) and m.dead == 0
+        assert report.ratio(m) == pytest.approx(m.norm / median(
+            p.norm for p in report.modules if p.name[-1] == m.name[-1]))
+
+
+HOSTILE = "up\x1b[2J\n\u202eevil\x07" + "x" * 100_000
+
+
+def test_names_of_strangers_are_escaped_and_cut(tmp_path, capsys):
+    """Escape codes clear a terminal, a mark turns the direction of reading, a name of a megabyte hides all else."""
+    keys = keys_of(HOSTILE, "linear")
+    tensors = {keys["lora_A"]: torch.randn(4, 9), keys["lora_B"]: torch.randn(7, 4), "more\x1b[0m": torch.ones(1)}
+    for i in range(4):
+        tensors |= {key: torch.ones(4, 9) * 1e-9 if own == "lora_A" else torch.randn(7, 4)
+                    for own, key in keys_of(f"\x9b{i}.{HOSTILE}", "linear").items()}
+    write_adapter(tmp_path / "a", tensors, peft_config(LoRAConfig(4, target_modules=("x",))), "base\x1b[31m")
+    (tmp_path / "a/\x1b[5m").write_text("")
+    for arguments in (("inspect", tmp_path / "a", "--plot", tmp_path / "x.png"),
+                      ("truncate", tmp_path / "a", tmp_path / "b", "--rank", 2)):
+        code, out, err = run(capsys, *arguments)
+        assert code == 0 and len(out) < 10_000 and all(c.isprintable() or c == "\n" for c in out), out
+        assert r"up\x1b[2J\n\u202eevil\x07xxx" in out
+    contradiction = tensors | {keys["lora_B"]: torch.ones(7, 3)}
+    write_adapter(tmp_path / "c", contradiction, peft_config(LoRAConfig(4, target_modules=("x",))))
+    code, out, err = run(capsys, "inspect", tmp_path / "c")
+    assert (code, out, err.count("\n")) == (2, "", 1) and err[:-1].isprintable() and len(err) < 700
 
 
 # Truncate
@@ -378,7 +429,7 @@ def test_gpt2_stores_its_weights_transposed(tmp_path):
 
 def test_checkpoints_are_streamed(tmp_path, monkeypatch):
     base, tuned = checkpoints(tmp_path)
-    alive, most, read = set(), [], adapter_tools.read
+    alive, most, read = set(), [], extract.read_tensor
 
     def watched(file, key):
         tensor = read(file, key)
@@ -387,7 +438,7 @@ def test_checkpoints_are_streamed(tmp_path, monkeypatch):
         most.append(len(alive))
         return tensor
 
-    monkeypatch.setattr(adapter_tools, "read", watched)
+    monkeypatch.setattr(extract, "read_tensor", watched)
     extract_adapter(base, tuned, tmp_path / "out", rank=3)
     assert len(most) == 2 * 21 and max(most) == 2
 
@@ -461,7 +512,7 @@ WRONG = {
     "extract base tuned o --rank 17": "k_proj.weight: rank must be an integer from 1 to 16 here, got 17",
     "extract base tuned o": "one of the arguments --rank --energy is required",
     "extract base tuned a --rank 2": "a holds an adapter already",
-    "extract base nothing o --rank 2": "nothing is no checkpoint: expected a folder with model.safetensors",
+    "extract base nothing o --rank 2": "nothing is no checkpoint: it holds no model.safetensors",
     "extract base a o --rank 2": "a is no checkpoint",
     "extract base base/config.json o --rank 2": "base/config.json is damaged or not a safetensors file",
     "extract base tuned o --rank 2 --targets q_prj": "target 'q_prj' matches no weight; near: q_proj",
@@ -472,8 +523,8 @@ WRONG = {
     "extract base nan o --rank 2": "up_proj.weight: delta holds NaN or infinite values",
     "extract base int8 o --rank 2": "up_proj.weight is stored as torch.float32 and torch.int8: dequantise",
     "extract base fp8 o --rank 2": "is stored as torch.float32 and torch.float8_e4m3fn: dequantise",
-    "extract base no-shard o --rank 2": "model-1.safetensors, named in model.safetensors.index.json, is missing",
-    "extract base bad-index o --rank 2": "is no index of shards",
+    "extract base no-shard o --rank 2": "holds no model-1.safetensors, which model.safetensors.index.json names",
+    "extract base bad-index o --rank 2": "must map tensors to files under weight_map",
     "extract base cut o --rank 2": "model.safetensors is damaged or not a safetensors file",
 }
 
@@ -555,7 +606,7 @@ def test_contradictory_adapters(what, tmp_path):
 
 @pytest.mark.parametrize("settings, message", [
     ({"peft_type": "IA3"}, "peft_type 'IA3'"), ({"bias": "all"}, "bias='all'"), ({"r": -1}, "rank must be a positive"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"init_lora_weights": "pissa"}, "'pissa', which changes"),
+    ({"init_lora_weights": "pissa"}, "'pissa', which changes"),
 ], ids=str)
 def test_unsupported_adapters(settings, message, tmp_path):
     folder = adapter_of({"up_proj": [1.0]}, tmp_path / "a", 2)

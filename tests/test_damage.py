@@ -225,7 +225,7 @@ class Damage:
                     {"init_lora_weights": "pissa"},
                     {"peft_type": "IA3"},
                     {"use_qalora": True},
-                    {"layers_to_transform": [0]},
+                    {"target_parameters": ["0"]},
                     {"trainable_token_indices": [1]},
                 ]
             )

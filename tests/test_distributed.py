@@ -1,24 +1,26 @@
-"""Several processes under torchrun, on gloo: the numbers of one process, the bytes of the closed form, one end for all."""
+"""Several processes under torchrun, on gloo: the numbers of one process, the bytes of the formula, one end for all."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
-from distributed_worker import ADAPTER, DOUBLE, SHAPE, STEPS, VARIANTS, at_birth, interrupted, model, run, variant
+from distributed_worker import ADAPTER, DOUBLE, SHAPE, STEPS, VARIANTS, at_birth, model, run, variant
 from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minilora import load_adapter, lora_parameters, save_adapter
 from minilora.adapters import read_adapter
-from minilora.helpdesk import DATA
-from minilora.distributed import WAYS, Wire
+from minilora.distributed import WAYS, Wire, patience
 from minilora.experiments import measured
+from minilora.helpdesk import DATA
 from minilora.llama import Llama
 from minilora.memory import ModelSpec, Training, estimate
 
@@ -63,7 +65,8 @@ def test_the_numbers_are_those_of_one_process(parallel, together, alone):
         assert found[name] == pytest.approx(log.loss[:steps], abs=1e-12)  # but for the order of sums, they are equal
     assert found["norm"] == pytest.approx(log.grad_norm, abs=1e-12)
     first = run(model(), stop_at=1)  # in fp32: its first step, before training amplifies what rounding does
-    assert found["single"] == pytest.approx((first.loss[0], first.grad_norm[0]), rel=20 * torch.finfo(torch.float32).eps)
+    rounding = torch.finfo(torch.float32).eps
+    assert found["single"] == pytest.approx((first.loss[0], first.grad_norm[0]), rel=20 * rounding)
     a, b = (load_file(place / FILES[1]) for place in (folder / parallel / "trained", saved(alone)))
     assert all(torch.allclose(a[key], b[key], rtol=0, atol=1e-10) for key in a | b)
 
@@ -203,6 +206,26 @@ def test_alone_nothing_is_sent():
     assert wire.take() == {}
 
 
+# The other verbs
+
+
+def test_every_verb_is_right_or_refused_on_a_model_that_is_shared_out(tmp_path):
+    done = torchrun(2, "verbs", tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "verbs.json").read_text())
+    assert len(found) == 6
+    for name, got in found.items():
+        assert got["losses"][-1] < got["losses"][0] and got["trainable"] > 0, name
+        assert got["loaded"] <= 1e-5 and got["moved"] > 1e-3 and got["removed"], name
+        if name.startswith("ddp"):
+            assert got["said"].pop("merged") <= 1e-5 and set(got["said"]) == {"bank"}, name  # it has an adapter
+            assert "has adapters already" in got["said"]["bank"], name
+        else:
+            assert set(got["said"]) == {"merge", "bank", "remove"}, name
+            for verb in ("merge", "remove"):
+                assert "shared out over several processes" in got["said"][verb], name
+
+
 # Bad input, and bad luck
 
 
@@ -243,6 +266,55 @@ def test_a_killed_process_ends_the_others_with_one_message(parallel, killed):
     assert len(said) == 1 and "another process of this run is gone" in said[0]
     assert f"{parallel}/run.safetensors stands, at step 10: the same command goes on from there" in said[0]
     assert "distributed_worker.py" not in done.stderr.split("ChildFailedError")[0]  # no traceback of ours
+
+
+def started(folder: Path, *rest: str, **environment: str) -> subprocess.Popen:
+    """Two processes under torchrun, in the third step of a run that would not end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER),
+               "wait", str(folder), *rest]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+    until = time.monotonic() + 200
+    while not (folder / "step 3").exists() or not (folder / "step 3").read_text():
+        assert process.poll() is None and time.monotonic() < until, process.stderr.read()[-3000:]
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("parallel", WAYS)
+def test_a_paused_process_is_waited_for_so_long_and_no_longer(parallel, tmp_path):
+    process = started(tmp_path, parallel, "1", MINILORA_TIMEOUT="3")
+    paused, said = int((tmp_path / "step 3").read_text()), ""
+    try:
+        while not said.startswith("minilora:"):  # the test's time limit is that of the line
+            said = process.stderr.readline()
+            assert said, "torchrun ended without a word of ours"
+    finally:
+        os.kill(paused, signal.SIGCONT)  # torchrun has told it to end, and would kill it after half a minute
+    rest = process.communicate(timeout=60)[1]
+    assert said.startswith("minilora: another process of this run has not answered for 3 s (it is paused, slow or cut "
+                           "off; MINILORA_TIMEOUT sets how long to wait), so process 0 and all others end. There is no "
+                           "checkpoint yet")
+    assert process.returncode != 0 and "minilora:" not in rest and "distributed_worker.py\", line" not in rest
+
+
+def test_ctrl_c_is_one_line_of_ours(tmp_path):
+    process = started(tmp_path, "ddp")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said = process.communicate(timeout=60)[1]
+    ours = [line for line in said.splitlines() if line.startswith("minilora:")]
+    assert len(ours) == 1 and ours[0].startswith("minilora: interrupted, so process ")
+    assert "distributed_worker.py\", line" not in said and process.returncode != 0
+    assert len(said.split("Traceback")) <= 2, said  # torchrun's own
+
+
+@pytest.mark.parametrize("text", ["", "x", "0", "-1", "nan", "inf", "1e9"])
+def test_a_time_out_is_a_number_of_seconds(text, monkeypatch):
+    monkeypatch.setenv("MINILORA_TIMEOUT", text)
+    with pytest.raises(ValueError, match="MINILORA_TIMEOUT must be seconds, from above 0 to 1,000,000, got "):
+        patience()
+    monkeypatch.setenv("MINILORA_TIMEOUT", "2.5")
+    assert patience() == 2.5
 
 
 @pytest.mark.parametrize("parallel", WAYS)

@@ -8,8 +8,8 @@ import torch
 from small import our_llama
 
 from minilora import LoRAConfig
-from minilora.helpdesk import IGNORE, load_task
 from minilora.experiments import shipping, slope, twins, watched
+from minilora.helpdesk import IGNORE, load_task
 from minilora.injection import lora_layers
 from minilora.train import Log
 
@@ -69,7 +69,8 @@ def test_at_birth_only_b_feels_anything(base):
 def test_the_first_gradient_of_b_falls_as_one_over_root_r_unless_scaled_by_root_r(base, use_rslora, expected):
     # E||s G^T X A^T||^2 = s^2 r / (3 d_in) ||G^T X||^2, whatever the gradient G (rsLoRA, theorem 3.2's argument)
     ranks, seeds = (1, 4, 16, 64, 256), range(20)  # 64 and 256 exceed the model's width of 32
-    norms = [np.sqrt(np.mean([watched(LoRAConfig(r, 8, TARGETS, use_rslora=use_rslora), base=copy.deepcopy(base), seed=s,
+    norms = [np.sqrt(np.mean([watched(LoRAConfig(r, 8, TARGETS, use_rslora=use_rslora),
+                                      base=copy.deepcopy(base), seed=s,
                                       data=data, steps=1)["grad_B"][0] ** 2 for s in seeds])) for r in ranks]
     assert slope(ranks, norms) == pytest.approx(expected, abs=0.06)
 

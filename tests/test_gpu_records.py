@@ -1,4 +1,4 @@
-"""What was measured on a card against what is predicted, on any machine; and the scripts that measure, tried out dry."""
+"""What was measured on a card against what is predicted, on any machine; the scripts that measure, tried out dry."""
 
 import json
 import sys
@@ -47,7 +47,8 @@ def test_a_dry_run_of_everything(tmp_path, capsys):
     assert all(record["dry"] and "dry run" in record["card"] and measured_rows(record) for record in records.values())
     assert sorted(run.RECORDS.iterdir()) == before
     cells = measured_rows(records["dry_memory"])
-    assert {row["model"] for row in cells} == set(MODELS) and {row["method"] for row in cells} >= {"full", "lora", "qlora"}
+    assert {row["model"] for row in cells} == set(MODELS)
+    assert {row["method"] for row in cells} >= {"full", "lora", "qlora"}
     assert {row["fitted"] for row in records["dry_verdicts"]["rows"]} == {True, False}
 
     # told again, it goes on from what is there: nothing is measured twice, a failure is
@@ -135,7 +136,8 @@ def test_other_goals_are_held():
 
     row = {"name": "t", "loss": [9.0, 9.0], "peak": {"plan": 100, "measured": 100}, "moved": {"plan": 7, "measured": 7}}
     misses = lambda **changes: run.BENCHMARKS["stream"].misses(HOPPER | {"rows": [row | changes]})
-    assert misses() == [] and len(misses(loss=[9.0, float("nan")])) == len(misses(moved={"plan": 7, "measured": 8})) == 1
+    assert misses() == []
+    assert len(misses(loss=[9.0, float("nan")])) == len(misses(moved={"plan": 7, "measured": 8})) == 1
     assert len(misses(peak={"plan": 99, "measured": 100})) == 1 and misses(peak={"plan": 102, "measured": 100}) == []
 
     row = {"name": "r", "tokens_per_second": {"ours, routed": 3, "PEFT, mixed batch": 2}}

@@ -12,9 +12,33 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoRAConfig, helpdesk, inject, lora_parameters
-from minilora.helpdesk import (DATA, IGNORE, PLAIN, SPLITS, TASKS, TICKET, TONE, Example, Tokenizer, answer, batches,
-                               catalogue, cipher_table, collate, conversation, draw, encipher, endless_batches,
-                               evaluate, load_base, load_task, tokenizer, vocabulary, world, write_files)
+from minilora.helpdesk import (
+    DATA,
+    IGNORE,
+    PLAIN,
+    SPLITS,
+    TASKS,
+    TICKET,
+    TONE,
+    Example,
+    Tokenizer,
+    answer,
+    batches,
+    catalogue,
+    cipher_table,
+    collate,
+    conversation,
+    draw,
+    encipher,
+    endless_batches,
+    evaluate,
+    load_base,
+    load_task,
+    tokenizer,
+    vocabulary,
+    world,
+    write_files,
+)
 from minilora.llama import Llama, LlamaConfig
 from minilora.train import train
 
@@ -411,7 +435,7 @@ def test_no_such_task(name, said):
     None, b"\xff", b'{"prompt": "a", "rep', b'{"prompt": "a"}', b'{"prompt": "a", "reply": "b", "c": 1}', b"[1]", b"5"])
 def test_a_damaged_task(damage, tmp_path, monkeypatch):
     shutil.copytree(DATA / "tasks", tmp_path / "tasks")
-    monkeypatch.setattr(helpdesk, "DATA", tmp_path)
+    monkeypatch.setattr(helpdesk.tasks, "DATA", tmp_path)
     assert len(load_task("tone").test) == 200
     path = tmp_path / "tasks" / "tone_test.jsonl"
     path.write_bytes(path.read_bytes() + damage) if damage else path.unlink()
@@ -422,7 +446,7 @@ def test_a_damaged_task(damage, tmp_path, monkeypatch):
 def test_bases(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no base 'base_erly', expected one of base, base_early; near: base_early"):
         load_base("base_erly")
-    monkeypatch.setattr(helpdesk, "DATA", tmp_path)
+    monkeypatch.setattr(helpdesk.evaluation, "DATA", tmp_path)
     with pytest.raises(ValueError, match="there is no config.json in .*base; expected a checkpoint folder"):
         load_base()
     small_model().save_pretrained(tmp_path / "base")

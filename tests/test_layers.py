@@ -11,7 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from minilora import LoRALayer, layers
-from minilora.layers import LoRAFunction, dense_weight, keep_mask, kind_of, shape_of
+from minilora.bases import dense_weight, kind_of, shape_of
+from minilora.layers import LoRAFunction, keep_mask
 
 BASES = {
     "linear": lambda: nn.Linear(12, 7),

@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import our_llama, roundings
+from small import our_llama, roundings, shake
 
-from minilora import LoRAConfig, inject, llama, merge
+from minilora import LoRAConfig, fast_decode, inject, llama, merge
 from minilora.llama import Cache, Llama, LlamaConfig
+from minilora.rotary import rope_frequencies
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -140,7 +141,7 @@ def test_rope_settings_of_older_transformers(tmp_path):
     assert LlamaConfig.from_hf(config | {"rope_theta": theta, "rope_scaling": rope}) == new
     rope["type"] = rope.pop("rope_type")
     old = LlamaConfig.from_hf(config | {"rope_theta": theta, "rope_scaling": rope})
-    assert torch.equal(llama.rope_frequencies(old), llama.rope_frequencies(new))
+    assert torch.equal(rope_frequencies(old), rope_frequencies(new))
     plain = LlamaConfig.from_hf(config | {"rope_theta": theta, "rope_scaling": None})
     assert plain.rope_scaling is None and plain.rope_theta == 500000.0
 
@@ -148,7 +149,7 @@ def test_rope_settings_of_older_transformers(tmp_path):
 def test_rotary_frequencies_fall_from_one_to_one_over_theta():
     """theta ** (-2 i / D) radians a position, for pair i of D / 2 (RoFormer, 3.2.2)."""
     config = LlamaConfig(**SIZES, rope_theta=1000.0)  # D is 8
-    assert llama.rope_frequencies(config).tolist() == pytest.approx([1000 ** (-i / 4) for i in range(4)], rel=1e-6)
+    assert rope_frequencies(config).tolist() == pytest.approx([1000 ** (-i / 4) for i in range(4)], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind, settings, context", [
@@ -191,21 +192,39 @@ def test_a_row_that_has_stopped_stays_stopped_and_all_stopped_ends_it():
         assert row[:until] == before[:until] and set(row[until:]) <= {stop}
 
 
-def test_generation_joins_plain_linears_only_and_leaves_no_trace():
-    model, seen = our_llama(), []
-    expected = model.generate(IDS[:, :6], 4)
+def test_generation_joins_plain_linears_only_and_leaves_no_trace(monkeypatch):
+    model, seen, joined = our_llama(), [], []
+    expected, join = model.generate(IDS[:, :6], 14), fast_decode.join
     block, other = model.model.layers[0], model.model.layers[1]
     block.self_attn.q_proj.register_forward_hook(lambda *_: seen.append("q"))
     inject(block.mlp, LoRAConfig(2, target_modules=("up_proj",)))
-    last = model.lm_head.register_forward_hook(lambda *_: seen.append(
-        [" ".join(m.quick) for b in (block, other) for m in (b.self_attn, b.mlp)]))
-    assert torch.equal(model.generate(IDS[:, :6], 4), expected)
-    assert seen == ["q", ["o", "down", "qkv o", "gate_up down"]] * 4  # a hook and an adapter are obeyed
-    last.remove()
+    monkeypatch.setattr(fast_decode, "join", lambda *linears: joined.append(join(*linears)) or joined[-1])
+    assert torch.equal(model.generate(IDS[:, :6], 14), expected) and seen == ["q"] * 14
+    assert [each is not None for each in joined] == [False, True, False, True] + [True] * 4  # qkv, o, gate and up, down
     other.self_attn.o_proj.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        model.generate(IDS[:, :6], 4)
-    assert not any(getattr(m, "quick", None) for m in model.modules())
+        model.generate(IDS[:, :6], 14)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("width, layers, new, fast", [(160, 4, 13, True), (160, 4, 12, False), (160, 4, 1, False),
+                                                      (768, 12, 30, False), (2048, 8, 200, False)])
+def test_weights_are_copied_only_where_that_pays(width, layers, new, fast):
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(100, width, width * 14 // 5, layers, width // 32))
+    assert fast_decode.pays(model.model, new) == fast
+
+
+def test_nothing_that_generation_copies_goes_stale():
+    model = our_llama()
+    first = model.generate(IDS[:, :6], 20)
+    for p in model.parameters():
+        p.data.mul_(-1)  # a change that not even torch's version counter sees
+    ids = IDS[:, :6]
+    for _ in range(20):
+        ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), dim=1)
+    again = model.generate(IDS[:, :6], 20)
+    assert torch.equal(again, ids[:, 6:]) and not torch.equal(again, first)
 
 
 def test_what_is_generated_can_be_trained_on():
@@ -249,22 +268,26 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(llama, "save_file", full)
+        patch.setattr(llama, "save_tensors", full)
         Llama(LlamaConfig(**SIZES), 1).save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert torch.equal(Llama.from_pretrained(tmp_path)(IDS), our_llama()(IDS))
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_a_model_with_adapters_is_not_saved_as_a_checkpoint(merged, tmp_path):
+def test_a_model_with_adapters_is_not_saved_as_a_checkpoint(tmp_path):
     model = inject(our_llama(), LoRAConfig())
-    if merged:
-        merge(model)
     with pytest.raises(ValueError, match=r"no plain Llama, it has .*q_proj.*save_adapter"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    merge(model, permanent=True)
+
+
+@pytest.mark.parametrize("permanent", [False, True])
+def test_a_merged_model_is_saved_as_a_plain_checkpoint(permanent, tmp_path):
+    model = inject(our_llama(), LoRAConfig())
+    shake(model)
+    merge(model, permanent=permanent)
     model.save_pretrained(tmp_path / "new")
+    assert not torch.equal(model(IDS), our_llama()(IDS))
     assert torch.equal(Llama.from_pretrained(tmp_path / "new")(IDS), model(IDS))
 
 

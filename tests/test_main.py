@@ -57,7 +57,8 @@ def test_a_room_of_ours_that_is_not_there_is_no_missing_package(monkeypatch):
 
 
 def test_every_extra_that_is_named_is_there():
-    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
     for package, extra in cli.EXTRAS.items():
         assert any(package.lower() in line.lower() for line in extras[extra]), (package, extra)
 
@@ -67,3 +68,20 @@ def test_a_reader_that_has_had_enough_is_no_error():
     run.stdout.close()
     assert (run.stderr.read(), run.wait()) == (b"", 0)
     run.stderr.close()
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (KeyboardInterrupt(), 130, "minilora models: interrupted"),
+    (RecursionError("depth"), 2, "minilora models: something is nested too deeply: depth"),
+    (MemoryError("of 4 GiB"), 2, "minilora models: there is not enough memory: of 4 GiB"),
+    (ValueError("a\x1b[2J\nb" + "x" * 10**6), 2, None),
+])
+def test_every_end_is_one_line(error, code, said, monkeypatch, capsys):
+    def broken(parser, arguments):
+        raise error
+
+    monkeypatch.setattr("minilora.memory.cli.models_command", broken)
+    assert main(["models"]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err[:-1].isprintable() and len(err) < 700
+    assert said is None or err == said + "\n"

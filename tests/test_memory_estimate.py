@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_memory_models import transformers_config
 
 import minilora.quant
 from minilora.__main__ import main
@@ -18,7 +19,6 @@ from minilora.memory.costs import four_bit_bytes
 from minilora.memory.models import PRESETS
 from minilora.memory.optimizers import OPTIMIZERS
 from minilora.memory.simulate import simulate_step
-from test_memory_models import transformers_config
 
 QV, ALL = ("q_proj", "v_proj"), "all-linear"
 MODES = {"bf16": {}, "fp32": {"dtype": "float32"}, "autocast": {"dtype": "float32", "autocast": True}}
@@ -75,7 +75,8 @@ def test_our_decoder_byte_for_byte_with(method, options):
     (6, 10, 5, 61, False), (6, 10, 5, 61, True), (6, 16, 2, 30, True), (1, 10, 5, 61, True)])
 def test_sizes_that_do_not_divide(method, mode, heads, head_dim, batch, seq, checkpointing):
     """Heads that flash attention pads to a multiple of 8; weights whose last block of 64 is not full; odd rows."""
-    config = LlamaConfig(101, 36, 25, 1, heads, num_key_value_heads=-(-heads // 2), head_dim=head_dim, max_position_embeddings=64,
+    config = LlamaConfig(101, 36, 25, 1, heads, num_key_value_heads=-(-heads // 2), head_dim=head_dim,
+                         max_position_embeddings=64,
                          tie_word_embeddings=True)
     run = Training(method, 3, ALL, batch=batch, seq=seq, checkpointing=checkpointing, **MODES[mode])
     assert estimate(ModelSpec.from_config(config.to_hf()), run).peak == traced(config, run)

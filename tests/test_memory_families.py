@@ -3,11 +3,11 @@
 import itertools
 
 import pytest
+from test_memory_estimate import MODES, traced
+from test_memory_models import on_meta
 from transformers import AutoConfig
 
 from minilora.memory import ModelSpec, Training, estimate
-from test_memory_estimate import MODES, traced
-from test_memory_models import on_meta
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
          "intermediate_size": 96, "vocab_size": 512, "max_position_embeddings": 64, "pad_token_id": 0}

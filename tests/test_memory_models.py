@@ -90,7 +90,8 @@ def test_what_peft_prints(name, rank, targets):
     assert (trainable, spec.parameters + trainable) == PRINTED[name, rank, targets]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# "mixtral_until_4" is how transformers had it before; no config.json calls itself so
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.endswith("_until_4")])
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_adapters_are_those_of_peft(family, targets, tmp_path):
     """On a small model of each family, read back from the config.json that transformers writes."""
@@ -182,7 +183,7 @@ GOOD = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediat
     ({"model_type": "lama"}, "near it: llama"),
     ({"model_type": None}, "no model_type"),
     ({"model_type": "qwen9", "text_config": {}}, "text_config"),
-    ({"model_type": "granite"}, "say family llama"),
+    ({"model_type": "helium"}, "say family llama"),
     ({"model_type": "mixtral", "num_local_experts": 8}, "layers of several experts are not priced"),
     ({"num_local_experts": 8}, "num_local_experts is 8; layers of several experts are not priced"),
 ])

@@ -21,8 +21,8 @@ def test_in_python_a_run_is_ours_and_on_the_command_line_trl_s(capsys):
     assert Training().stack == "minilora" and not Training().checkpointing
     assert main(["memory", "--model", "llama-3-8b", "--seq", "64"]) == 0
     first = capsys.readouterr().out.partition("\n\n")[0].replace("\n", " ")
-    assert first == ("stack trl (trl 1.16, transformers 5.23, peft 0.21): bfloat16 weights, autocast, float32 adapters, "
-                     "loss in chunks, optimizer adamw_fused, fused attention, checkpointing")
+    assert first == ("stack trl (trl 1.16, transformers 5.23, peft 0.21): bfloat16 weights, autocast, float32 "
+                     "adapters, loss in chunks, optimizer adamw_fused, fused attention, checkpointing")
 
 
 @pytest.mark.parametrize("stack", STACKS)

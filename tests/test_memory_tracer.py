@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import MLP, SIZES
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -20,7 +21,6 @@ from minilora.memory import trace
 from minilora.memory.cuda import MIB, CachingAllocator
 from minilora.memory.traced_step import training_step
 from minilora.memory.tracer import fake, measure
-from small import MLP, SIZES
 
 OURS = LlamaConfig(num_key_value_heads=2, **SIZES)
 

@@ -13,7 +13,7 @@ PART = "|".join([*PARTS, "why this matters"])
 PLACE = r"(abstract|appendix \w|(section|table|figure|theorem) \d+(\.\d+)*|sections \d+(\.\d+)* and \d+(\.\d+)*)"
 FORMS = (rf"the lesson, ({PART})( and ({PART}))?", rf"paper, {PLACE}( and {PLACE})?",
          rf"[A-Za-z][\w .]+(, {PLACE}( and {PLACE})?| #\d+)?")
-TEXTS = [pages.ROOT / "README.md", *(pages.ROOT / "notebooks").glob("*.md")]
+TEXTS = [path for folder in (".", "docs", "notebooks") for path in sorted((pages.ROOT / folder).glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
@@ -33,7 +33,7 @@ def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text)
     local = [a or b for a, b in links if not (a or b).startswith("http")]
     assert [link for link in local if not (page.parent / link).is_file()] == []
-    assert links
+    assert links or page.parent.name == "docs" or page.name in ("ARCHITECTURE.md", "CHANGELOG.md")
 
 
 def test_a_claim_is_read_as_it_stands(tmp_path):

@@ -11,12 +11,22 @@ from safetensors.torch import load_file, save_file
 from small import IDS, MLP, SIZES, gpt2, hf_llama, logits, our_llama, same, state
 from torch import nn
 
-from minilora import (AdapterBank, LoRAConfig, inject, load_adapter, lora_parameters, merge, peft_methods, remove, report,
-                      save_adapter)
+from minilora import (
+    AdapterBank,
+    LoRAConfig,
+    inject,
+    load_adapter,
+    lora_parameters,
+    merge,
+    peft_methods,
+    remove,
+    report,
+    save_adapter,
+)
 from minilora.adapter_tools import inspect_adapter
 from minilora.injection import adapter_layers
-from minilora.peft_methods import IA3, BitFit, BottleneckAdapters, PrefixTuning, PromptTuning
 from minilora.llama import Llama, LlamaConfig
+from minilora.peft_methods import IA3, BitFit, BottleneckAdapters, PrefixTuning, PromptTuning
 from minilora.quant import quantise_model
 
 L, C, FFN, KV, D = 2, 32, 48, 16, 8  # of the small Llama: two key/value heads of 8

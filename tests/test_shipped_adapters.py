@@ -4,8 +4,8 @@ import pytest
 
 from minilora import load_adapter, plan
 from minilora.adapters import read_adapter
-from minilora.helpdesk import DATA, TASKS, evaluate, load_base, load_task
 from minilora.experiments import SHAPES, interleaved, measured
+from minilora.helpdesk import DATA, TASKS, evaluate, load_base, load_task
 
 ROWS = {row["adapter"]: row for row in measured("adapters")["rows"]}
 

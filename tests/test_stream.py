@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,24 +16,36 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small import IDS, SIZES, logits, roundings, shake
 
-from minilora import (LoRAConfig, fingerprint, inject, load_adapter, lora_parameters, merge, plan, remove, report,
-                      save_adapter)
-from minilora import stream, weight_store
+from minilora import (
+    LoRAConfig,
+    fingerprint,
+    inject,
+    load_adapter,
+    lora_parameters,
+    merge,
+    plan,
+    remove,
+    report,
+    save_adapter,
+    weight_store,
+)
+from minilora import losses as losses_room
 from minilora.__main__ import main
 from minilora.injection import adapter_layers
-from minilora.peft_methods import IA3, BitFit, PromptTuning
 from minilora.llama import Cache, Llama, LlamaConfig
+from minilora.losses import masked_cross_entropy
 from minilora.memory import ModelSpec, Training, estimate
 from minilora.memory.costs import moved
 from minilora.memory.decoders.decoder import LOSS_CHUNK
 from minilora.memory.tracer import fake, trace
-from minilora.stream_run import bytes_of
+from minilora.peft_methods import IA3, BitFit, PromptTuning
 from minilora.quant import quantise_model
-from minilora.weight_store import Source, Store, build_store
 from minilora.stream import StreamedLlama
-from minilora.train import masked_cross_entropy, train
-from small import IDS, SIZES, logits, roundings, shake
+from minilora.stream_run import bytes_of
+from minilora.train import train
+from minilora.weight_store import Source, Store, build_store
 
 SHAPE = SIZES | {"num_hidden_layers": 5, "num_key_value_heads": 2}
 CONFIG = LlamaConfig(**SHAPE, attention_bias=True, attention_out_bias=True)
@@ -65,6 +78,10 @@ def pair(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> tuple[L
     if kind == "nf4":
         quantise_model(whole)
     return whole, StreamedLlama(Store.open(folder / kind), dtype=dtype)
+
+
+def loss_of(model: Llama):
+    return StreamedLlama.loss if isinstance(model, StreamedLlama) else masked_cross_entropy
 
 
 def far(a, b) -> float:
@@ -106,11 +123,11 @@ EVERY_KIND = pytest.mark.parametrize("settings", [
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 @EVERY_KIND
 def test_the_first_step_and_generation(folder, kind, settings, monkeypatch):
-    monkeypatch.setattr(stream, "LOSS_CHUNK", 5)  # 18 tokens in four chunks
+    monkeypatch.setattr(losses_room, "LOSS_CHUNK", 5)  # 18 tokens in four chunks
     found = []
     for model in adapted(pair(folder, kind), settings, torch.float32):
         torch.manual_seed(0)
-        loss = masked_cross_entropy(model, *batches(99))
+        loss = loss_of(model)(model, *batches(99))
         loss.backward()
         grads = [p.grad.clone() for p in lora_parameters(model)]
         found.append((loss.detach(), grads, logits(model.eval()), model.generate(IDS[:, :5], 6)))
@@ -124,11 +141,11 @@ def test_the_first_step_and_generation(folder, kind, settings, monkeypatch):
 @EVERY_KIND
 def test_ten_steps_of_training(folder, kind, settings, monkeypatch):
     """In fp64: ten steps at this rate make of the last bit of an fp32 number its fifth digit."""
-    monkeypatch.setattr(stream, "LOSS_CHUNK", 5)
+    monkeypatch.setattr(losses_room, "LOSS_CHUNK", 5)
     found = []
     for model in adapted(pair(folder, kind, torch.float64), settings, torch.float64):
         start = [p.detach().clone() for p in lora_parameters(model)]
-        log = train(model, batches, steps=10, lr=1e-2, progress=False)
+        log = train(model, batches, steps=10, lr=1e-2, progress=False, loss=loss_of(model))
         assert far(start, lora_parameters(model)) > 0.01
         found.append((log.loss, lora_parameters(model), logits(model.eval()), model.generate(IDS[:, :5], 6)))
     (losses, adapters, out, said), (losses2, adapters2, out2, said2) = found
@@ -200,7 +217,7 @@ def test_few_layers_and_tied_heads(layers, tied):
         inject(model, LoRAConfig())
     same_start((whole, streamed), torch.float64)
     for model in (whole, streamed):
-        train(model, batches, steps=3, lr=1e-2, progress=False)
+        train(model, batches, steps=3, lr=1e-2, progress=False, loss=loss_of(model))
     assert far(lora_parameters(whole), lora_parameters(streamed)) <= 1e-10
     assert torch.equal(whole.generate(IDS, 4), streamed.generate(IDS, 4))
 
@@ -209,10 +226,10 @@ def test_loss_without_gradients_or_targets(folder):
     whole, streamed = pair(folder, "dense")
     ids, targets = batches(0)
     with torch.no_grad():
-        found = [masked_cross_entropy(model, ids, targets) for model in (whole, streamed)]
+        found = [loss_of(model)(model, ids, targets) for model in (whole, streamed)]
         assert roundings(*found) <= 10
-    assert not masked_cross_entropy(streamed, ids, targets).requires_grad  # nothing trains yet
-    assert masked_cross_entropy(streamed, ids, torch.full_like(ids, -100)).isnan()  # as torch's cross_entropy
+    assert not streamed.loss(ids, targets).requires_grad  # nothing trains yet
+    assert streamed.loss(ids, torch.full_like(ids, -100)).isnan()  # as torch's cross_entropy
 
 
 @pytest.mark.parametrize("method", [BitFit(), IA3(), PromptTuning(3)], ids=str)
@@ -222,7 +239,7 @@ def test_the_relatives_train_on_it_too(folder, method):
         inject(model, method)
     same_start(models, torch.float64)
     for model in models:
-        train(model, batches, steps=3, lr=1e-2, progress=False)
+        train(model, batches, steps=3, lr=1e-2, progress=False, loss=loss_of(model))
         found.append(lora_parameters(model))
     assert far(*found) <= 1e-10 and max(p.grad is None for p in found[1])
 
@@ -244,10 +261,10 @@ def test_what_is_on_the_device_and_what_moves(folder):
         seen.append(len(on_device) + (model.lm_head.weight.untyped_storage().data_ptr() in slots))
 
     model.visits.on_fetch = look
-    train(model, batches, steps=1, lr=1e-2, progress=False)
+    train(model, batches, steps=1, lr=1e-2, progress=False, loss=StreamedLlama.loss)
     assert order == [0, 1, 2, 3, 4, 5, 4, 3, 2, 1, 0] and max(seen) == 2
     before = replace(model.visits.traffic)
-    train(model, batches, steps=1, lr=1e-2, progress=False)
+    train(model, batches, steps=1, lr=1e-2, progress=False, loss=StreamedLlama.loss)
     after = model.visits.traffic
     assert after.visits - before.visits == 2 * 5 - 3 + 1
     run = Training(seq=9, batch=2, checkpointing=True, base="disk")  # it is 16 bits that move, though fp32 computes
@@ -270,7 +287,7 @@ def test_a_traced_step_is_within_two_percent_of_the_plan(quantise, targets):
         ids, labels = (torch.randint(2000, (1, 256)) for _ in range(2))
     for _ in range(2):
         with trace() as t:
-            masked_cross_entropy(model, ids, labels).backward()
+            model.loss(ids, labels).backward()
             adamw.step()
             adamw.zero_grad()
     run = Training("qlora" if quantise else "lora", 4, targets, seq=256, checkpointing=True, base="host")
@@ -292,7 +309,7 @@ def test_inputs_on_the_host_leave_the_device():
 
 
 def test_the_plan_knows_the_chunk():
-    assert stream.LOSS_CHUNK == LOSS_CHUNK
+    assert losses_room.LOSS_CHUNK == LOSS_CHUNK
 
 
 def test_a_copy_that_fails_is_told_and_tried_again(folder):
@@ -319,7 +336,7 @@ def test_a_streamed_base_is_read_only(folder):
     with pytest.raises(ValueError, match="weights stay where they are"):
         model.half()
     with pytest.raises(ValueError, match="nothing to train"):
-        train(model, batches, steps=1, lr=1e-3, progress=False)
+        train(model, batches, steps=1, lr=1e-3, progress=False, loss=StreamedLlama.loss)
     inject(model, LoRAConfig())
     with pytest.raises(ValueError, match="cannot merge into a streamed weight"):
         merge(model)
@@ -327,7 +344,7 @@ def test_a_streamed_base_is_read_only(folder):
     remove(model)
     model.model.layers[2].self_attn.q_proj.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="requires_grad: a streamed base is read-only"):
-        train(model, batches, steps=1, lr=1e-3, progress=False)
+        train(model, batches, steps=1, lr=1e-3, progress=False, loss=StreamedLlama.loss)
 
 
 def test_nothing_looks_tied_that_only_shares_a_slot(folder):
@@ -360,7 +377,7 @@ def test_random_weights_are_those_of_the_seed(tmp_path):
 
 def interrupted(monkeypatch, folder: Path, shards: int) -> None:
     """Build a store that is stopped after so many shards, in the middle of writing the next."""
-    count, save = iter(range(99)), weight_store.save_file
+    count, save = iter(range(99)), weight_store.save_tensors
 
     def stop(tensors, path, metadata):
         if next(count) == shards:
@@ -369,7 +386,7 @@ def interrupted(monkeypatch, folder: Path, shards: int) -> None:
         save(tensors, path, metadata)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(weight_store, "save_file", stop)
+        patch.setattr(weight_store, "save_tensors", stop)
         build_store(CONFIG, folder, "nf4")
 
 
@@ -427,7 +444,8 @@ def of_another(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage, said", [(flip, "is damaged: its bytes are not those that were written"),
-                                          (cut, "is truncated, damaged"), (of_another, "is a shard of another store"),
+                                          (cut, "is damaged or not a safetensors file"),
+                                          (of_another, "is a shard of another store"),
                                           (Path.unlink, "lacks layer_00002.safetensors")])
 def test_a_damaged_shard_is_refused_before_anything_runs(tmp_path, damage, said):
     build_store(CONFIG, tmp_path / "store")
@@ -516,7 +534,7 @@ model = inject(StreamedLlama(Store.open(sys.argv[1])), LoRAConfig())
 ids = torch.arange(24).view(3, 8)
 print("go", flush=True)
 log = train(model, lambda step: (ids, ids.roll(step, 1)), steps=400, lr=1e-2, checkpoint=sys.argv[2], every=5,
-            progress=False, stop_at=int(sys.argv[3]))
+            progress=False, stop_at=int(sys.argv[3]), loss=StreamedLlama.loss)
 """
 
 
@@ -585,3 +603,48 @@ def test_the_plan_of_175b_alone(capsys):
     text = capsys.readouterr().out
     assert "174,566,105,088 weights" in text and "visiting weights" in text and "rtx-4090: fits" in text
     assert bytes_of("VmData") > 0
+
+
+def test_a_budget_below_what_a_process_takes_is_refused(folder, capsys):
+    """Below it C code that gets no memory would end the process, by a fault that Python cannot tell."""
+    line = ["stream", "--config", str(folder / "model"), "--seq", "16", "--steps", "1", "--device", "cpu", "--budget"]
+    for budget in ("1MiB", "3MiB", "10MiB", "30MiB"):
+        assert main([*line, budget]) == 2
+        said = capsys.readouterr().err
+        assert "and a process on the CPU 32.00 MiB for itself: more than the budget of" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("device", ["", "quark", "meta", "gpu", "cpu:0", "cuda:-1", "cuda:x"])
+def test_a_device_that_is_none(device, folder, capsys):
+    assert main(["stream", "--config", str(folder / "model"), "--plan", "--device", device]) == 2
+    assert "device must be cpu, cuda or cuda:NUMBER, got" in capsys.readouterr().err
+
+
+def test_a_layer_that_is_cut_while_it_is_mapped_is_named(folder, tmp_path):
+    """To read it would be SIGBUS, which ends the process."""
+    for shard in ("layer_00003", "embedding", "head"):
+        shutil.copytree(folder / "dense", tmp_path / shard)
+        model = StreamedLlama(Store.open(tmp_path / shard))
+        assert logits(model).isfinite().all()
+        file = tmp_path / shard / f"{shard}.safetensors"
+        size = file.stat().st_size
+        os.truncate(file, size // 2)
+        with pytest.raises(ValueError, match=f"{shard}.safetensors has changed under the run: it had {size:,} bytes"):
+            logits(model)
+        file.unlink()
+        with pytest.raises(ValueError, match="its bytes now, got None"):
+            logits(model)
+    held = StreamedLlama(Store.open(folder / "dense", hold=True))  # needs no file any more
+    assert not held.visits.before_copy(0) and logits(held).isfinite().all()
+
+
+def test_one_builder_at_a_time(folder, tmp_path):
+    with weight_store.builder_of(tmp_path):
+        with pytest.raises(ValueError, match="another process is building a store in .*: wait for it, or name another"):
+            build_store(folder / "model", tmp_path)
+        code = f"from minilora.weight_store import build_store; build_store({str(folder / 'model')!r}, {str(tmp_path)!r})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode != 0 and "another process is building" in done.stderr
+    assert not list(tmp_path.iterdir())
+    build_store(folder / "model", tmp_path)
+    assert Store.open(tmp_path).nbytes == Store.open(folder / "dense").nbytes

@@ -11,11 +11,14 @@ from small import SIZES, our_llama
 from torch import nn
 
 from minilora import LoRAConfig, helpdesk, inject, lora_parameters
-from minilora import train as room
+from minilora import train as loop
 from minilora.helpdesk import IGNORE, batches, collate, endless_batches, evaluate, load_task, tokenizer
+from minilora.helpdesk import pretraining as room
+from minilora.helpdesk.pretraining import pretrain
 from minilora.injection import loraplus_groups
 from minilora.llama import Llama, LlamaConfig
-from minilora.train import Log, learning_rate_factor, load_checkpoint, masked_cross_entropy, pretrain, seed_everything, train
+from minilora.losses import masked_cross_entropy
+from minilora.train import Log, learning_rate_factor, load_checkpoint, seed_everything, train
 
 
 def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,7 +243,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(room, "save_file", full)
+        patch.setattr(loop, "save_tensors", full)
         run(our_llama(), checkpoint=path)
     assert path.read_bytes() == before
     whole, resumed = our_llama(), our_llama()
@@ -325,7 +328,7 @@ def spoil_tensors(path, change):
     (lambda path: path.write_bytes(bytes(range(256)) * 4), DAMAGED),
     (lambda path: path.write_bytes(path.read_bytes()[:-1]), DAMAGED),
     (lambda path: path.write_bytes(path.read_bytes()[:300]), DAMAGED),
-    (lambda path: path.unlink() or path.mkdir(), DAMAGED),
+    (lambda path: path.unlink() or path.mkdir(), "cannot be read: Is a directory"),
     (lambda path: save_file({"weight": torch.ones(3)}, path), DAMAGED + ": KeyError"),
     (lambda path: spoil_metadata(path, log=None), DAMAGED + ": KeyError.'log'"),
     (lambda path: spoil_metadata(path, run="{"), DAMAGED),
@@ -389,12 +392,13 @@ def test_pretraining_ships_both_bases_and_goes_on_where_it_stopped(tmp_path, mon
     pretrain(tmp_path / "whole", **settings)
     model, early = Llama.from_pretrained(tmp_path / "whole" / "base"), tmp_path / "whole" / "base_early"
     by_hand = Llama(model.config, 1)
-    log = train(by_hand, endless_batches("general", batch=4, seed=1), steps=5, lr=1e-3, warmup=100, weight_decay=0.1, seed=1,
+    log = train(by_hand, endless_batches("general", batch=4, seed=1), steps=5, lr=1e-3, warmup=100, weight_decay=0.1,
+                seed=1,
                 stop_at=2, progress=False)
     assert equal(weights(Llama.from_pretrained(early)), weights(by_hand))
     card, score = (tmp_path / "whole" / "base" / "README.md").read_text(), evaluate(model, task.test[:4])
     assert f"loss {score.loss:.4f} nats a token, exact match {score.exact:.1%}" in card
-    assert "python -m minilora.train --steps 5 --more 3 --early 2 --batch 4 --lr 0.001 --seed 1" in card
+    assert "python -m minilora.helpdesk.pretraining --steps 5 --more 3 --early 2 --batch 4 --lr 0.001 --seed 1" in card
     assert "stopped early" in (early / "README.md").read_text() and "stopped" not in card
     assert json.loads((early / "log.json").read_text())["loss"] == [round(log.loss[0], 6)]
     assert helpdesk.Tokenizer.load(early / "tokenizer.json").words == tokenizer().words
@@ -419,9 +423,10 @@ def test_pretraining_ships_both_bases_and_goes_on_where_it_stopped(tmp_path, mon
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert room.main(["--folder", str(tmp_path), "--steps", "0"]) == 2
-    assert capsys.readouterr().err == "minilora.train: steps must be an integer from 1 on, got 0\n"
+    assert capsys.readouterr().err == "minilora.helpdesk.pretraining: steps must be an integer from 1 on, got 0\n"
     assert room.main(["--folder", str(tmp_path), "--steps", "5", "--early", "5"]) == 2
-    assert capsys.readouterr().err == "minilora.train: early must be from 0 to below the 5 steps, got 5\n"
+    said = capsys.readouterr().err
+    assert said == "minilora.helpdesk.pretraining: early must be from 0 to below the 5 steps, got 5\n"
     (tmp_path / "pretraining_1.safetensors").write_bytes(b"no checkpoint")
     assert room.main(["--folder", str(tmp_path)]) == 2
     said = capsys.readouterr().err

@@ -11,8 +11,19 @@ from small import IDS, gpt2, hf_llama, logits, our_llama, same, shake, state
 from torch import nn
 
 import minilora.variants
-from minilora import AdapterBank, LoRAConfig, inject, load_adapter, lora_parameters, merge, plan, remove, report, \
-    save_adapter, unmerge
+from minilora import (
+    AdapterBank,
+    LoRAConfig,
+    inject,
+    load_adapter,
+    lora_parameters,
+    merge,
+    plan,
+    remove,
+    report,
+    save_adapter,
+    unmerge,
+)
 from minilora.config import variants
 from minilora.injection import lora_layers
 from minilora.layers import LoRALayer
@@ -42,7 +53,8 @@ class Signed(LoRALayer):
 
 
 def config(name: str) -> LoRAConfig:
-    return LoRAConfig(4, 16, LINEARS, **({"use_dora": True} if name == "dora" else {} if name == "lora" else {"init": name}))
+    options = {"use_dora": True} if name == "dora" else {} if name == "lora" else {"init": name}
+    return LoRAConfig(4, 16, LINEARS, **options)
 
 
 EVERY = pytest.mark.parametrize("name", sorted(variants()))
@@ -78,7 +90,8 @@ def test_it_trains_saves_loads_merges_and_goes(name, tmp_path):
     bank.load("a", tmp_path / "a")
     with torch.no_grad(), bank.route(["a", None, "a"]):
         routed = bank.model(IDS)
-    assert torch.allclose(routed[::2], trained[::2], atol=1e-5) and torch.allclose(routed[1], logits(plain)[1], atol=1e-6)
+    assert torch.allclose(routed[::2], trained[::2], atol=1e-5)
+    assert torch.allclose(routed[1], logits(plain)[1], atol=1e-6)
     assert same(before, state(remove(model)))
 
 
@@ -98,7 +111,8 @@ def test_lora_fa_trains_b_alone_and_keeps_less_for_backward():
 
 @pytest.mark.parametrize("name", ["lora_fa", "vera"])
 def test_an_embedding_is_refused_by_name(name):
-    with pytest.raises(ValueError, match="model.embed_tokens, a Embedding, cannot be adapted by .*: expected Linear or Conv1D"):
+    said = "model.embed_tokens, a Embedding, cannot be adapted by .*: expected Linear or Conv1D"
+    with pytest.raises(ValueError, match=said):
         inject(our_llama(), LoRAConfig(2, target_modules=("embed_tokens",), init=name))
 
 
@@ -128,7 +142,8 @@ def test_vera_opens_in_peft(base, tmp_path):
 
 @pytest.mark.parametrize("projection", [True, False])
 def test_pefts_vera_opens_here(projection, tmp_path):
-    settings = peft.VeraConfig(r=5, target_modules=["q_proj", "up_proj"], projection_prng_key=9, save_projection=projection)
+    settings = peft.VeraConfig(r=5, target_modules=["q_proj", "up_proj"], projection_prng_key=9,
+                               save_projection=projection)
     theirs = peft.get_peft_model(hf_llama(), settings)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
@@ -160,5 +175,6 @@ def test_a_damaged_projection_is_refused(tmp_path):
 def test_what_a_file_of_ours_says(tmp_path):
     save_adapter(inject(our_llama(), LoRAConfig(4, target_modules=LINEARS, init="vera", seed=2)), tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (stored["peft_type"], stored["r"], stored["projection_prng_key"], stored["save_projection"]) == ("VERA", 4, 2, True)
+    said = (stored["peft_type"], stored["r"], stored["projection_prng_key"], stored["save_projection"])
+    assert said == ("VERA", 4, 2, True)
     assert "lora_alpha" not in stored and "use_dora" not in stored

@@ -1,10 +1,10 @@
 """Writes what the notebooks already say into the pages that gather it: ``python tools/pages.py``.
 
-README.md gets two of the figures, an answer of the memory calculator, how far such answers are off, what was measured
-on a card, the map of the notebooks and the ledger of claims; docs/memory.md the calculator's answers beside published
-measurements; notebooks/TEACHING.md gets the misconception behind each
-wrong answer to a prediction. A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types
-there. A test holds the pages against the notebooks.
+README.md gets the ten lines of examples/ten_lines.py, two of the figures, an answer of the memory calculator and the map
+of the notebooks; docs/CALCULATOR.md how far such answers are off and what was measured on a card; docs/PUBLISHED.md the
+calculator's answers beside published measurements; docs/CLAIMS.md the ledger of claims; notebooks/TEACHING.md the
+misconception behind each wrong answer to a prediction. A generated part stands between ``<!-- NAME -->`` and
+``<!-- /NAME -->``; nobody types there. A test holds the pages against the notebooks.
 """
 
 import base64
@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "gpu"))
 import run as gpu
 from common import measured_rows
 
-from minilora.__main__ import main
 from minilora.check import Estimate, Prediction, brief
+from minilora.cli import main
 from minilora.experiments import measured
 from minilora.memory import published
 
@@ -92,7 +92,7 @@ def ledger() -> str:
     order = ("the lesson", "paper")
     lines = ["| claim | made in | tested in | verdict |", "|---|---|---|---|"]
     for c in sorted(everything, key=lambda c: ([not c.source.startswith(who) for who in order], c.source)):
-        where = f"[{c.notebook.name[:2]}](notebooks/{c.notebook.name})"
+        where = f"[{c.notebook.name[:2]}](../notebooks/{c.notebook.name})"
         if c.cells:
             where += f", cell{'s' * (len(c.cells) > 1)} {', '.join(map(str, sorted(c.cells)))}"
         lines.append(f"| {c.text} | {c.source} | {where} | {c.verdict} |")
@@ -128,6 +128,11 @@ def misconceptions() -> str:
     return "\n".join(lines).strip()
 
 
+def code() -> str:
+    """The first program, which a test runs."""
+    return f"```python\n{(ROOT / 'examples' / 'ten_lines.py').read_text(encoding='utf-8')}```"
+
+
 def figures() -> str:
     """Two figures of the notebooks, side by side; their alternative text is the sentence under them."""
     shown = "".join(f'<img src="notebooks/figures/{name}.png" width="48%" alt="{alt}">\n'
@@ -152,7 +157,7 @@ def answer() -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         main(shlex.split(QUESTION))
-    return f"```\n$ python -m minilora {QUESTION}\n{out.getvalue().rstrip()}\n```"
+    return f"```\n$ minilora {QUESTION}\n{out.getvalue().rstrip()}\n```"
 
 
 def accuracy() -> str:
@@ -201,10 +206,10 @@ def card() -> str:
     return "\n".join(lines)
 
 
-PAGES = {ROOT / "README.md": {"figures": figures, "answer": answer, "published_summary": published_summary, "accuracy": accuracy,
-                              "card": card,
-                              "map": sequence, "ledger": ledger},
-         ROOT / "docs" / "memory.md": {"published_summary": published_summary, "published": published_table},
+PAGES = {ROOT / "README.md": {"code": code, "figures": figures, "answer": answer, "map": sequence},
+         ROOT / "docs" / "CALCULATOR.md": {"published_summary": published_summary, "accuracy": accuracy, "card": card},
+         ROOT / "docs" / "PUBLISHED.md": {"published_summary": published_summary, "published": published_table},
+         ROOT / "docs" / "CLAIMS.md": {"ledger": ledger},
          ROOT / "notebooks" / "TEACHING.md": {"misconceptions": misconceptions}}
 
 

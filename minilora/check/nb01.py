@@ -8,8 +8,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from . import Estimate, Exercise, Prediction
 
 state = Prediction("d", {
-    "a": "4 bytes hold the weight alone. That is enough to use the model; to train it, each weight also needs a gradient "
-         "and whatever the optimizer remembers.",
+    "a": "4 bytes hold the weight alone. That is enough to use the model; to train it, each weight also needs a "
+         "gradient and whatever the optimizer remembers.",
     "b": "8 bytes are the weight and its gradient: plain SGD. Adam also remembers something for every weight.",
     "c": "12 bytes leave room for one moment. Adam keeps two: the running mean of the gradient, and of its square.",
     "d": "The weight, its gradient and Adam's two moments: four numbers of 4 bytes.",
@@ -34,12 +34,12 @@ gpt3_gigabytes = Estimate([
 ], within=1.2, far_above="Is that in bytes? The question asks for gigabytes.")
 
 wire = Prediction("c", {
-    "a": "That is how far the gradients fall, and with DDP nothing else travels. Here the weights travel too, frozen ones "
-         "like the others: a block needs all of them to compute.",
+    "a": "That is how far the gradients fall, and with DDP nothing else travels. Here the weights travel too, frozen "
+         "ones like the others: a block needs all of them to compute.",
     "b": "That would be so if a frozen block were gathered once. It computes twice, forward and backward, and backward "
          "needs its weights as much: the gradient passes through them.",
-    "c": "Of three trips LoRA saves one: the gradients hardly travel. Every block is still gathered in forward and again "
-         "in backward.",
+    "c": "Of three trips LoRA saves one: the gradients hardly travel. Every block is still gathered in forward and "
+         "again in backward.",
     "d": "The adapters do add to what is gathered, but far less than the gradients of the frozen weights took.",
 })
 
@@ -86,8 +86,8 @@ kept_floats = Exercise("kept_floats", kept_reference, draw_chain, [
     (lambda w, t: sum(w[:-1]), "a frozen layer keeps no input: to pass the gradient down it needs only its weight"),
     (lambda w, t: sum(w), "the last width is counted too: the network's last output is not an input of any layer"),
     (lambda w, t: sum(w[t.index(True):-1]),
-     "above the first layer that trains, gradients do pass through frozen layers, but only a layer that trains needs its "
-     "own input for that"),
+     "above the first layer that trains, gradients do pass through frozen layers, but only a layer that trains needs "
+     "its own input for that"),
     (lambda w, t: sum(b for b, train in zip(w[1:], t) if train),
      "these are the outputs; the gradient of a weight needs the input of its layer"),
     (lambda w, t: sum(a * b for a, b, train in zip(w, w[1:], t) if train),
@@ -120,7 +120,8 @@ def ring_reference(trainable: int, workers: int) -> float:
 ring_bytes = Exercise("ring_bytes", ring_reference, draw_ring, [
     (lambda t, n: 4.0 * t, "this is the size of the gradients; each worker sends nearly twice that: its chunks travel "
                            "round once to be summed and once more as sums"),
-    (lambda t, n: 4.0 * t * (n - 1), "this sends all gradients to every other worker; a ring sends chunks of 1/workers"),
+    (lambda t, n: 4.0 * t * (n - 1),
+     "this sends all gradients to every other worker; a ring sends chunks of 1/workers"),
     (lambda t, n: 4.0 * t * (n - 1) / n, "this is the first half, the summing; the sums must still travel round"),
     (lambda t, n: 8.0 * t, "nearly: each half takes workers - 1 rounds, not workers"),
     (lambda t, n: 2.0 * t * (n - 1) / n, "this counts numbers; in fp32 each takes 4 bytes"),

@@ -10,7 +10,6 @@ from torch import nn
 from ..grading.models import Pair, Tuned
 from . import Exercise, Prediction
 
-
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj",
          "model.layers.10.mlp.up_proj", "vision.my_q_proj", "q_proj", "q_proj.norm", "lm_head", "model.up_proj_2")
 WANTED = (["q_proj"], ["up_proj", "lm_head"], ["layers.1.mlp.up_proj"], ["lm_head", "self_attn.q_proj"])
@@ -157,7 +156,8 @@ class Other(Tuned):
 
 def model_and_target(seed: int) -> tuple:
     width = 3 + seed
-    return nn.Sequential(Pair(width), nn.Sequential(Pair(width), nn.Linear(width, width))), ("up", "down")[seed % 2], Tuned
+    model = nn.Sequential(Pair(width), nn.Sequential(Pair(width), nn.Linear(width, width)))
+    return model, ("up", "down")[seed % 2], Tuned
 
 
 def outputs_and_flags(result, model, target, layer):
@@ -199,9 +199,9 @@ where_to_spend = Prediction("c", {
          "said: the values, the output projections and the MLP carry that.",
     "b": "A parameter is not a parameter: at one budget the bars differ widely. A key can only change where attention "
          "looks, never what is said there.",
-    "c": "A query or a key can only move attention, which in this task looked in the right places already. What changes "
-         "is what is said, so it pays to adapt what carries it: o, the MLP, or several kinds together. o alone does as "
-         "well as most ways to spread.",
+    "c": "A query or a key can only move attention, which in this task looked in the right places already. What "
+         "changes is what is said, so it pays to adapt what carries it: o, the MLP, or several kinds together. o alone "
+         "does as well as most ways to spread.",
     "d": "The frozen weights do most of the work, so a small correction is enough: LoRA's best bars come close to that "
          "of full fine-tuning.",
 })

@@ -163,7 +163,7 @@ def draw_before_and_after(seed: int) -> tuple[Tensor, Tensor, int, float]:
 
 
 def draw_any_change(number: int) -> tuple[Tensor, Tensor, int, float]:
-    """Some loud new directions, some old ones that come up, and no cosine so near epsilon that rounding could decide."""
+    """Some loud new directions, some old ones that come up, and no cosine so near epsilon that rounding decides."""
     while True:
         d_out, d_in, k = random.randint(20, 28), random.randint(20, 32), random.randint(4, 9)
         news, olds = random.randint(0, 4), random.sample(range(14), random.randint(1, 3))

@@ -5,8 +5,6 @@ import random
 import statistics
 from collections import defaultdict
 
-import torch
-
 from . import Exercise, Prediction
 
 best_lr = Prediction("d", {

@@ -107,8 +107,8 @@ peft_keys = Exercise("peft_keys", spelled, lambda seed: (NAMES[seed],), [
 
 
 beyond_the_probe = Prediction("b", {
-    "a": "Right on the tickets it has seen is not right on new words for the same thing. The probe can only weigh what the "
-         "frozen vectors say; LoRA changes what they say.",
+    "a": "Right on the tickets it has seen is not right on new words for the same thing. The probe can only weigh what "
+         "the frozen vectors say; LoRA changes what they say.",
     "b": "A few thin corrections turn general vectors into vectors for this job, and moving all weights adds little to "
          "that: a strong base, and a moderate shift.",
     "c": "The adapters reach every linear of every layer. What they lack is rank, and this job needs little of it.",

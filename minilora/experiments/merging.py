@@ -25,8 +25,8 @@ def latency() -> list[dict]:
 
 
 def merged_latency(shape: str, rounds: int) -> dict:
-    """One row of `latency`: median seconds of a forward pass, in multiples of the base's. The models take turns, so that
-    other work on the machine falls on all alike; "base again" shows what is noise."""
+    """One row of `latency`: median seconds of a forward pass, in multiples of the base's. The models take turns, so
+    that other work on the machine falls on all alike; "base again" shows what is noise."""
     kind, batch, seq = SHAPES[shape]
     wide = LlamaConfig(730, 768, 2048, 4, 12, tie_word_embeddings=True)
     models = {name: load_base() if kind == "help-desk" else Llama(wide, seed=0)

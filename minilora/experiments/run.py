@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from ..config import LoRAConfig
 from ..helpdesk import batches, evaluate, load_base, load_task
 from ..injection import inject
-from ..peft_methods import Method
 from ..llama import Llama
+from ..peft_methods import Method
 from ..shipped import DATA, written
 from ..train import Log, train
 
@@ -87,12 +87,13 @@ def measured(name: str) -> dict:
     """
     path = DATA / "measured" / f"{name}.json"
     if not path.is_file():
-        raise ValueError(f"no record {name!r}, expected one of {', '.join(sorted(p.stem for p in path.parent.glob('*')))}")
+        known = sorted(p.stem for p in path.parent.glob("*"))
+        raise ValueError(f"no record {name!r}, expected one of {', '.join(known)}")
     return json.loads(path.read_text())
 
 
 def record(name: str, rows: list[dict], command: str, folder: Path | None = None, **more) -> None:
-    """Write rows to data/measured/ (or `folder`) with the command and the machine that made them, and what `more` says."""
+    """Write rows to data/measured/ (or `folder`) with the command and the machine that made them, and `more`."""
     folder = folder or written(None, "the record") / "measured"
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     lines = ",\n".join(json.dumps(row) for row in rows)

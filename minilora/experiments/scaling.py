@@ -13,7 +13,6 @@ from ..helpdesk import batches, evaluate, load_base, load_task
 from ..injection import inject, lora_layers
 from ..train import Log, train
 from .run import ATTENTION, MLP, adapt, grid, sweep
-from .spectra import updates
 
 
 @sweep

@@ -8,8 +8,8 @@ import sys
 import torch
 
 from ..config import LoRAConfig
-from ..helpdesk import batches, load_base, load_task
 from ..distributed import WAYS, Wire, is_main_process, many
+from ..helpdesk import batches, load_base, load_task
 from ..injection import inject
 from ..train import train
 from .run import ATTENTION, LR, MLP, grid, sweep

@@ -111,7 +111,7 @@ class Nursery:
             [sys.executable, "-P", "-m", "minilora.grading.nursery", str(theirs.fileno()), self.room,
              "alone" if self.alone else "with others"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
-            env=environment())
+            env=environment() | {"HOME": self.room, "IPYTHONDIR": self.room})
         theirs.close()
         said = self.socket.recv(4096)
         if not said:
@@ -144,7 +144,7 @@ class Nursery:
 # ---------------------------------------------------------------- inside the nursery
 
 
-def keep(requests: int, replies: int, leash: int, room: Path, isolated: bool) -> None:
+def keep(requests: int, replies: int, leash: int, room: Path, isolated: bool, shell) -> None:
     """Forks the student's process, and kills it when the grader lets go of the leash."""
     from .sandbox import separate
 
@@ -156,10 +156,10 @@ def keep(requests: int, replies: int, leash: int, room: Path, isolated: bool) ->
         separate()
     else:
         room = Path(tempfile.mkdtemp(dir=room))
-    inner = os.fork()
+    number, inner = os.getpid(), os.fork()
     if not inner:
         os.close(leash)
-        live(requests, replies, room, isolated)
+        live(requests, replies, room, number if isolated else None, shell)
     os.close(requests)
     os.close(replies)
     while os.waitpid(inner, os.WNOHANG) == (0, 0):
@@ -172,8 +172,8 @@ def keep(requests: int, replies: int, leash: int, room: Path, isolated: bool) ->
         shutil.rmtree(room, ignore_errors=True)
 
 
-def live(requests: int, replies: int, room: Path, isolated: bool) -> None:
-    """The student's process, from its birth to its end."""
+def live(requests: int, replies: int, room: Path, number: int | None, shell) -> None:
+    """The student's process, from its birth to its end; `number`, if it is shut in, is that of its keeper."""
     from .sandbox import limits, shut_in
     from .worker import serve
 
@@ -181,30 +181,30 @@ def live(requests: int, replies: int, room: Path, isolated: bool) -> None:
         os.setsid()
         with contextlib.suppress(OSError):  # where memory runs out, this is what the kernel ends first
             Path("/proc/self/oom_score_adj").write_text("1000")
-        if isolated:
-            shut_in(room)
-        else:
+        if number is None:
             os.chdir(room)
+        else:
+            shut_in(room, number)
         os.environ.update(HOME=os.getcwd(), TMPDIR=os.getcwd(), IPYTHONDIR=os.getcwd())
         tempfile.tempdir = None
-        limits(isolated)
+        limits(alone=number is not None)
         with os.fdopen(requests, "rb") as reader, os.fdopen(replies, "wb") as writer:
-            serve(reader, writer)
+            serve(reader, writer, shell)
     finally:
         os._exit(0)
 
 
 def main(descriptor: int, room: Path, alone: bool) -> None:
-    import IPython.terminal.interactiveshell  # noqa: F401, what notebooks import is imported once
-    import torch  # noqa: F401
+    import torch  # noqa: F401, what notebooks import is imported once
 
     import minilora  # noqa: F401
 
     with contextlib.suppress(ImportError):
         import matplotlib.pyplot  # noqa: F401
-    from . import worker  # noqa: F401
     from .sandbox import possible
+    from .worker import new_shell
 
+    shell = new_shell()
     assert not any(name.startswith("minilora.check") for name in sys.modules), "the nursery must know no checker"
     link = socket.socket(fileno=descriptor)
     partial = possible(room) if alone else "not asked for"
@@ -217,7 +217,7 @@ def main(descriptor: int, room: Path, alone: bool) -> None:
             return
         if not os.fork():
             try:
-                keep(*pipes, room, not partial)
+                keep(*pipes, room, not partial, shell)
             finally:
                 os._exit(0)
         for pipe in pipes:

@@ -171,8 +171,9 @@ def look_closer(paper: Paper, trees: list[ast.Module], defined: Counter, cells: 
     nodes, taken = {getattr(n, "name", None): n for tree in trees for n in tree.body}, imported(trees)
     for name in (name for name in names if name in nodes):
         parts = [part for node in reached(name, nodes) for part in ast.walk(node)]
-        used = {n.id for n in parts if isinstance(n, ast.Name)} | {
-            alias.asname or alias.name for n in parts if isinstance(n, ast.Import | ast.ImportFrom) for alias in n.names}
+        used = {n.id for n in parts if isinstance(n, ast.Name)}
+        used |= {alias.asname or alias.name for n in parts if isinstance(n, ast.Import | ast.ImportFrom)
+                 for alias in n.names}
         if library := sorted(taken[name] for name in used & taken.keys()):
             paper.flags.append(f"{name} uses {', '.join(library)}")
         if outside := sorted(used & OUTSIDE | {n.attr for n in parts if isinstance(n, ast.Attribute)

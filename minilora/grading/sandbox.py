@@ -13,16 +13,17 @@ import site
 import sys
 from pathlib import Path
 
-from ..shipped import DATA, PACKAGE
+from ..shipped import CHECKOUT, DATA, PACKAGE
 
 MEMORY, FILE, FILES, PROCESSES = 3 * 2**30, 16 * 2**20, 256, 64  # bytes, bytes, open files, processes and threads
 ROOM = "size=64m,nr_inodes=2k,mode=1777"  # what a submission may write in all; it lies in memory
-NOBODY = 65534
+NOBODY, STRANGERS = 65534, 2**30  # a user without rights; the first of a range of users that nobody else is
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
 BIND, REC, PRIVATE, NOSUID, NODEV, NOEXEC, DETACH = 4096, 16384, 1 << 18, 2, 4, 8, 2
 PIVOT_ROOT, CAPSET, MOUNT_SETATTR = {"x86_64": (155, 126, 442), "aarch64": (41, 91, 442)}.get(
     os.uname().machine if hasattr(os, "uname") else "", (0, 0, 0))
 SECRET = ("check", "notebooks")  # folders of this package in which the answers stand
+BESIDE = ("notebooks", "tests", "tools", "release", "build", ".git")  # and those of the checkout, if it can be seen
 COPIES = ("", "lib/python3*/*-packages/", "local/lib/python3*/*-packages/")  # where another copy of it may stand
 
 
@@ -40,8 +41,11 @@ def libc(name: str, *arguments) -> None:
 def limits(alone: bool) -> None:
     """Bounds memory, the size of a file, the number of open files, and cores; `alone` also the number of processes,
     which the kernel counts for a user, not for a submission."""
-    bounds = {"RLIMIT_AS": in_use() + MEMORY, "RLIMIT_DATA": MEMORY, "RLIMIT_FSIZE": FILE, "RLIMIT_NOFILE": FILES, "RLIMIT_CORE": 0}
-    for name, bound in (bounds | ({"RLIMIT_NPROC": PROCESSES} if alone else {})).items():
+    bounds = {"RLIMIT_AS": in_use() + MEMORY, "RLIMIT_DATA": MEMORY, "RLIMIT_FSIZE": FILE, "RLIMIT_NOFILE": FILES,
+              "RLIMIT_CORE": 0}
+    if alone:
+        bounds["RLIMIT_NPROC"] = PROCESSES
+    for name, bound in bounds.items():
         kind = getattr(resource, name, None)
         with contextlib.suppress(ValueError, OSError, TypeError):  # not every system knows every limit
             _, hard = resource.getrlimit(kind)
@@ -73,7 +77,9 @@ def secrets() -> list[Path]:
     """The folders with answers in all that is readable."""
     packages = {PACKAGE, *(package for place in readable() for where in COPIES
                            for package in place.glob(f"{where}{PACKAGE.name}"))}
-    return [package / name for package in packages for name in SECRET if (package / name).is_dir()]
+    found = [package / name for package in packages for name in SECRET]
+    found += [CHECKOUT / name for name in BESIDE] if CHECKOUT else []
+    return [folder for folder in found if folder.is_dir()]
 
 
 def separate() -> None:
@@ -88,9 +94,10 @@ def separate() -> None:
     Path("/proc/self/gid_map").write_text(f"1000 {group} 1")
 
 
-def shut_in(root: Path) -> None:
+def shut_in(root: Path, number: int = 0) -> None:
     """Makes `root`, an empty folder, the root of this process, fills it with what is readable, and drops every right.
-    To be called by the first process in the namespaces of `separate`."""
+    To be called by the first process in the namespaces of `separate`. Where the grader is root, the process becomes
+    the user STRANGERS + number: the kernel counts processes for each user, and one must not use up another's."""
     libc("mount", "none", "/", None, REC | PRIVATE, None)
     libc("mount", "room", str(root), "tmpfs", NOSUID | NODEV, "size=4m,mode=755")
     for place in readable():
@@ -107,8 +114,9 @@ def shut_in(root: Path) -> None:
         libc("mount", f"/dev/{name}", str(root / "dev" / name), None, BIND, None)
     for name in ("proc", "tmp", "old"):
         (root / name).mkdir(exist_ok=True)
-    for folder in secrets():
-        libc("mount", "hidden", str(root / folder.relative_to("/")), "tmpfs", NOSUID | NODEV, "size=4k")
+    for folder in (root / secret.relative_to("/") for secret in secrets()):
+        if folder.is_dir():
+            libc("mount", "hidden", str(folder), "tmpfs", NOSUID | NODEV, "size=4k")
     read_only = (ctypes.c_uint64 * 4)(1 | NOSUID, 0, 0, 0)  # MOUNT_ATTR_RDONLY
     libc("syscall", MOUNT_SETATTR, -100, str(root), 0x8000, ctypes.byref(read_only), ctypes.sizeof(read_only))
     libc("mount", "room", str(root / "tmp"), "tmpfs", NOSUID | NODEV, ROOM)
@@ -122,7 +130,10 @@ def shut_in(root: Path) -> None:
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        try:
+            os.setresuid(*[STRANGERS + number] * 3)
+        except OSError:  # a container that has few users
+            os.setresuid(NOBODY, NOBODY, NOBODY)
     libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     libc("syscall", CAPSET, ctypes.byref(header), ctypes.byref(none))

@@ -127,7 +127,7 @@ def at_peak(spec: ModelSpec, run: Training | Serving, played: Callable[[int], Le
     peak = max(few, key=total)
     rows = held(ledgers[0], few[peak])
     if more:
-        five = held(ledgers[1], many[peak])
+        five = held(ledgers[-1], many[peak])
         rows = {key: tuple(a + more * (b - a) for a, b in zip(rows.get(key, (0, 0)), five.get(key, (0, 0))))
                 for key in rows.keys() | five.keys()}
     phase, layer, what = peak[0], peak[1], ledgers[0].moments[few[peak]][2]

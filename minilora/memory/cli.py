@@ -7,6 +7,7 @@ import warnings
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TypeVar
 
 from ..config import ALL_LINEAR
 from ..tables import bytes_text, table
@@ -19,6 +20,8 @@ from .stacks import STACKS
 
 DEFAULT_STACK = "trl"  # on the command line; in Python a `Training` is our own unless it says otherwise
 SET_BY_STACKS = {name for stack in STACKS.values() for name in (*stack.defaults, *stack.qlora)}
+
+R = TypeVar("R", Training, Serving)
 
 
 def memory_command(parser, arguments: list[str]) -> None:
@@ -37,7 +40,7 @@ def memory_command(parser, arguments: list[str]) -> None:
     run = run_of(options, Serving if options.serve else Training, stored_as(spec))
     bill = estimate(spec, run)
     verdict = None
-    if options.card:
+    if options.card is not None:
         from .fitting import judge, turning_points
 
         verdict = judge(bill, options.card)
@@ -202,9 +205,9 @@ def add_option(parser, field) -> None:
 
 
 def spec_of(options) -> ModelSpec:
-    if options.family and options.model:
+    if options.family is not None and options.model is not None:
         raise ValueError("--family goes with --config: the family of a known model is known")
-    return ModelSpec.preset(options.model) if options.model else ModelSpec.from_config(options.config, options.family)
+    return ModelSpec.preset(options.model) if options.model is not None else ModelSpec.from_config(options.config, options.family)
 
 
 def stored_as(spec: ModelSpec) -> dict:
@@ -212,7 +215,7 @@ def stored_as(spec: ModelSpec) -> dict:
     return {"method": "qlora", "quantisation": spec.quantised, "group": spec.group} if spec.quantised else {}
 
 
-def run_of(options, kind: type = Training, of_base: dict | None = None) -> Training | Serving:
+def run_of(options, kind: type[R], of_base: dict | None = None) -> R:
     """The run that the options say; `of_base` holds where they do not."""
     targets = options.targets
     if targets and targets != ALL_LINEAR and not set(targets) & set("*+?|()[]{}\\^$"):

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ..config import is_number
+from ..tables import quoted
 
 MOST = {"num_hidden_layers": 10_000}  # no model is deeper
 # what a size is also called: new name where the old one is asked for, and the other way round
@@ -34,26 +35,26 @@ class Fields:
         if key not in config:
             raise ValueError(f"{self.name}: a {self.family} config lacks {key}")
         if type(value) is not int or not least <= value < MOST.get(field, 2**31):
-            raise ValueError(f"{self.name}: {key} must be a positive integer of a sensible size, got {value!r}")
+            raise ValueError(f"{self.name}: {key} must be a positive integer of a sensible size, got {quoted(value)}")
         return value
 
     def flag(self, field: str, default: bool) -> bool:
         value = self.config.get(field)
         if value not in (True, False, None):
-            raise ValueError(f"{self.name}: {field} must be true or false, got {value!r}")
+            raise ValueError(f"{self.name}: {field} must be true or false, got {quoted(value)}")
         return default if value is None else bool(value)
 
     def word(self, field: str, default: str, known: Collection[str]) -> str:
         value = self.config.get(field) or default
-        if value not in known:
-            raise ValueError(f"{self.name}: {field} {value!r} is not known; {suggest(str(value), known)}")
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f"{self.name}: {field} {quoted(value)} is not known; {suggest(str(value), known)}")
         return value
 
     def share(self, field: str, default: float) -> float:
         """A number in [0, 1)."""
         value = default if self.config.get(field) is None else self.config[field]
         if not is_number(value) or not 0 <= value < 1:
-            raise ValueError(f"{self.name}: {field} must be in [0, 1), got {value!r}")
+            raise ValueError(f"{self.name}: {field} must be in [0, 1), got {quoted(value)}")
         return float(value)
 
 
@@ -64,7 +65,9 @@ def read_config(path: Path) -> tuple[dict, str]:
         raise ValueError(f"there is no {file}; expected a folder with a config.json, or the file itself")
     try:
         config = json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds a {type(config).__name__}, expected an object with fields")
@@ -74,6 +77,6 @@ def read_config(path: Path) -> tuple[dict, str]:
 def suggest(wanted: str, names: Iterable[str]) -> str:
     """The names a mistyped one may have meant, for an error message."""
     names = list(names)
-    wanted = wanted.lower()
+    wanted = wanted[:100].lower()  # comparing takes the square of the length
     close = list(dict.fromkeys([n for n in names if wanted in n] + get_close_matches(wanted, names, 3, 0.5)))[:3]
     return f"near it: {', '.join(close)}" if close else f"there are: {', '.join(names)}"

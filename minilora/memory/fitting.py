@@ -116,7 +116,7 @@ def fit(spec: ModelSpec, run: Training, card: str | None = None) -> Fit:
     Raises:
         ValueError: no such card, or as `estimate`.
     """
-    wanted = [Card.of(card)] if card else list(CARDS.values())
+    wanted = [Card.of(card)] if card is not None else list(CARDS.values())
     bill = priced(spec, run)
     verdicts = tuple(judge(bill, c) for c in wanted)
     target = wanted[0] if card else max(wanted, key=lambda c: c.usable[0])

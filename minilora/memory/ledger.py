@@ -31,7 +31,7 @@ class Item:
 class Storage:
     """What a tensor's bytes are held by: freed when the last holder lets go."""
 
-    __slots__ = ("ledger", "item")
+    __slots__ = ("item", "ledger")
 
     def __init__(self, ledger: "Ledger", item: Item):
         self.ledger, self.item = ledger, item
@@ -43,7 +43,7 @@ class Storage:
 class Tensor:
     """`count` elements of `width` bytes in a storage, made by a node of the graph (or by none)."""
 
-    __slots__ = ("count", "width", "storage", "node", "slot", "is_view", "grad")
+    __slots__ = ("count", "grad", "is_view", "node", "slot", "storage", "width")
 
     def __init__(self, count: int, width: int, storage: Storage, node: "Node | None" = None, slot: int = 0,
                  is_view: bool = True):
@@ -62,7 +62,7 @@ class Node:
     edges: per input the (node, slot) that made it, its count and width; None where no gradient is asked for.
     """
 
-    __slots__ = ("order", "place", "name", "edges", "saved", "backward", "leaf", "copies")
+    __slots__ = ("backward", "copies", "edges", "leaf", "name", "order", "place", "saved")
 
     def __init__(self, order: float, place: tuple, name: str, edges: list, backward: Callable | None):
         self.order, self.place, self.name, self.edges, self.backward = order, place, name, edges, backward

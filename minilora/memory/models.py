@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ALL_LINEAR, LoRAConfig
+from ..tables import plain, quoted
 from .activations import ACTIVATIONS
 from .config_file import Fields, read_config, suggest
 from .presets import CONFIGS
@@ -307,10 +308,10 @@ class ModelSpec:
             raise ValueError(unknown_family(kind, config, name))
         experts = None if FAMILIES[kind].experts else next((field for field in EXPERTS if config.get(field)), None)
         if experts:
-            raise ValueError(f"{name}: {experts} is {config[experts]!r}; layers of several experts are not priced")
+            raise ValueError(f"{name}: {experts} is {quoted(config[experts])}; layers of several experts are not priced")
         sizes = FAMILIES[kind].read(Fields(config, name, kind, FAMILIES[kind].names))
         sizes |= read_quantisation(config.get("quantization_config"), name)
-        return cls(name=str(config.get("_name_or_path") or name), family=kind, **sizes)
+        return cls(name=plain(config.get("_name_or_path") or name, 80), family=kind, **sizes)
 
 
 def read_quantisation(config: object, name: str) -> dict[str, Any]:
@@ -318,7 +319,7 @@ def read_quantisation(config: object, name: str) -> dict[str, Any]:
     if config is None:
         return {}
     if not isinstance(config, Mapping):
-        raise ValueError(f"{name}: quantization_config must be an object with fields, got {config!r}")
+        raise ValueError(f"{name}: quantization_config must be an object with fields, got {quoted(config)}")
     method = config.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in config else None)
     if method == "bitsandbytes" and config.get("load_in_4bit"):
         return {"quantised": "nf4"}
@@ -326,17 +327,18 @@ def read_quantisation(config: object, name: str) -> dict[str, Any]:
         group = config.get("group_size", -1)
         if type(group) is not int or group < -1 or not group:
             raise ValueError(f"{name}: quantization_config's group_size must be -1 or a positive integer, got "
-                             f"{group!r}")
+                             f"{quoted(group)}")
         return {"quantised": "gptq", "group": max(group, 0)}
     bits = f" in {config.get('bits') or ('8' if config.get('load_in_8bit') else 'unknown')} bits"
-    raise ValueError(f"{name}: its weights are stored as {method or 'quantization_config'}{bits}, which is not priced; "
+    stored = plain(method or "quantization_config", 80) + plain(bits, 80)
+    raise ValueError(f"{name}: its weights are stored as {stored}, which is not priced; "
                      "priced are bitsandbytes in 4 bits, gptq in 4 bits, and weights in 16 or 32")
 
 
 def unknown_family(kind: object, config: Mapping, name: str) -> str:
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     lacks = [field for field in needed if field not in config]
-    what = "says no model_type" if kind is None else f"is of model_type {kind!r}"
+    what = "says no model_type" if kind is None else f"is of model_type {quoted(kind)}"
     if any(config.get(field) for field in EXPERTS):
         return f"{name} {what}; layers of several experts are not priced"
     read = (f"as a llama it lacks {', '.join(lacks)}" if lacks else "it has all sizes of a llama: if it is built as "

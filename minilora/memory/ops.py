@@ -6,6 +6,8 @@ in fp32, autocast's lists. An operator that is missing here is one more method.
 In the shape comments a tensor is (count, width): how many elements, and bytes of each (2: 16 bits, 4: fp32).
 """
 
+from typing import overload
+
 from .ledger import Ledger, Tensor, as_view
 
 
@@ -21,6 +23,11 @@ class Ops(Ledger):
 
     def amp_width(self, x: Tensor) -> int:
         return 2 if self.autocast else x.width
+
+    @overload
+    def amp(self, x: Tensor) -> Tensor: ...
+    @overload
+    def amp(self, x: None) -> None: ...
 
     def amp(self, x: Tensor | None) -> Tensor | None:
         """Autocast's cast down before a matrix product; of trainable weights it is made once a step."""
@@ -102,7 +109,7 @@ class Ops(Ledger):
         inp = w.count // out
         rows = x.count // inp
         given = bias, w, x  # whoever calls a kernel holds what it gives until the result is there
-        bias, w, x = (self.amp(t) for t in given)
+        bias, w, x = self.amp(given[0]), self.amp(given[1]), self.amp(given[2])
         width, biased = x.width, bias is not None
 
         def back(saved, grads, needs):
@@ -234,7 +241,6 @@ class Ops(Ledger):
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss: log-softmax (kept), then the mean of the targets' entries."""
-        vocab = logits.count // targets.count
         log_p = self.unary(logits, "log-softmax", "output", ("gradient of the logits",))
         if self.autocast:
             log_p = self.cast(log_p, 4)

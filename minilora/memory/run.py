@@ -1,7 +1,8 @@
 """What is asked: a training step (`Training`) or the answer to prompts (`Serving`), checked when it is made."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
+from typing import ClassVar
 
 from ..config import is_number
 from .config_file import suggest
@@ -31,6 +32,7 @@ class Run:
     What only a training step has is here as a run without it has it.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field]]
     method: str
     rank: int
     target_modules: str | tuple[str, ...] | None
@@ -272,6 +274,10 @@ class Serving(Run):
     def assumptions(self) -> str:
         """One line: the stack, its versions, and what it is taken to do."""
         return f"stack {self.stack} ({self.software.versions}): {self.dtype} weights, {self.attention} attention"
+
+    @property
+    def quantisation(self) -> str:
+        return "nf4"
 
     @property
     def method(self) -> str:

@@ -52,5 +52,5 @@ def simulate_prefill(spec: ModelSpec, run: Serving, layers: int) -> Ops:
 def decoder(ops: Ops, spec: ModelSpec, run: Run, layers: int) -> Decoder:
     """Ours or transformers', as the run's stack has it."""
     family = spec.layout
-    kind = family.own_decoder if run.own_decoder(spec) else family.decoder
-    return kind(ops, spec, run, layers)
+    own = family.own_decoder if run.own_decoder(spec) else None
+    return (own or family.decoder)(ops, spec, run, layers)

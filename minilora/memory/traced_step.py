@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..config import ALL_LINEAR, LoRAConfig
+from ..bases import dense_weight, kind_of
+from ..config import ALL_LINEAR, LoRAConfig, entry_matches
 from ..injection import inject
-from ..layers import dense_weight, kind_of
 from ..llama import Llama, LlamaConfig
+from ..losses import masked_cross_entropy
 from ..quant import quantise_model  # here, not on fake tensors: its levels are computed when it is imported
-from ..train import masked_cross_entropy
+from ..tables import quoted
 from .optimizers import OPTIMIZERS
 from .packages import require_package
 from .run import METHODS
@@ -59,8 +60,8 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
             raise ValueError(f"no {what} {value!r}, expected one of {', '.join(known)}"
                              + (f"; near: {near[0]}" if near else ""))
     for what, value in (("batch", batch), ("seq", seq)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{what} must be a positive integer, got {value!r}")
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise ValueError(f"{what} must be a positive integer below 2^31, got {quoted(value)}")
     if seq > (context := getattr(config, "max_position_embeddings", None) or seq):
         raise ValueError(f"seq {seq} is longer than the model's context of {context}")
     lora = LoRAConfig(rank, 2 * rank, target_modules, dropout) if method != "full" else None
@@ -72,7 +73,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
         model, loss_of = (our_model if ours else partial(hugging_face_model, **theirs))(
             config, lora, DTYPES[dtype], checkpointing, method == "qlora")
         ids, targets = (torch.randint(config.vocab_size, (batch, seq)) for _ in range(2))  # (B, T)
-    opt = OPTIMIZERS[optimizer].make([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
+    opt = OPTIMIZERS[optimizer].make([p for p in model.train().parameters() if p.requires_grad], 1e-3)
 
     def step() -> None:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
@@ -115,6 +116,10 @@ def hugging_face_model(config, lora: LoRAConfig | None, dtype: torch.dtype, chec
         model = peft.prepare_model_for_kbit_training(model, False) if upcast else model.requires_grad_(False)
     if lora:
         targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+        names = [name for name, _ in model.named_modules()]
+        for target in () if isinstance(targets, str) else targets:  # PEFT passes one over in silence, if another matches
+            if not any(entry_matches(target, name) for name in names):
+                raise ValueError(f"target {quoted(target)} matches no module of the architecture")
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha,
                                                            target_modules=targets, lora_dropout=lora.dropout))
         for p in model.parameters():

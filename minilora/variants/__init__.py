@@ -1,4 +1,4 @@
-"""Variants of the LoRA layer, one file each: a subclass of `LoRALayer` that names itself, and no other file knows it."""
+"""Variants of the LoRA layer, one file each: a subclass of `LoRALayer` that names itself; no other file knows it."""
 
 from importlib import import_module
 from pkgutil import iter_modules

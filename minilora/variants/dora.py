@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..layers import LoRALayer, dense_weight, quantised, widest
+from ..bases import dense_weight, quantised, widest
+from ..layers import LoRALayer
 
 
 class DoRA(LoRALayer):
@@ -48,7 +49,8 @@ class DoRA(LoRALayer):
 
         ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, row by row.
         """
-        with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
+        device = self.lora_A.device.type
+        with torch.no_grad(), torch.autocast("cpu" if device == "meta" else device, enabled=False):
             A, B, s = self.lora_A, self.lora_B, self.scaling
             W = dense_weight(self.base_layer)  # (out, in)
             cross = (W.to(A) @ A.T * B).sum(1)  # (out,)

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from ..bases import dense_weight
 from ..config import LoRAConfig, require, scaling
 from ..distributed import full_tensor
-from ..layers import LoRALayer, dense_weight
+from ..layers import LoRALayer
 
 
 class PiSSA(LoRALayer):
@@ -39,10 +40,11 @@ class PiSSA(LoRALayer):
         return self.scaling * (self.product(x, self.lora_A.to(dtype), self.lora_B.to(dtype)) - start)
 
     def dense_update(self, wide: torch.dtype) -> Tensor:
-        return self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide) - self.start_B.to(wide) @ self.start_A.to(wide))
+        return self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide)
+                               - self.start_B.to(wide) @ self.start_A.to(wide))
 
     def plain_form(self) -> tuple[Tensor, Tensor, float]:
-        """B A - B0 A0 = [B, -B0] [A; A0], of rank 2r (the appendix on conversion); alpha grows so that scaling stays."""
+        """B A - B0 A0 = [B, -B0] [A; A0], of rank 2r (the appendix on conversion); alpha grows, scaling stays."""
         A = torch.cat((full_tensor(self.lora_A), self.start_A))  # (2r, in)
         B = torch.cat((full_tensor(self.lora_B), -self.start_B), dim=1)  # (out, 2r)
         return A, B, self.scaling / scaling(2 * self.rank, 1, self.use_rslora)

@@ -1,12 +1,13 @@
-"""VeRA: one random A and B for all layers, of which each trains two vectors (Kopiczko et al. 2023, arXiv 2310.11454)."""
+"""VeRA: one random A and B for all layers, each trains two vectors (Kopiczko et al. 2023, arXiv 2310.11454)."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 
+from ..bases import shape_of
 from ..config import LoRAConfig, require
-from ..layers import LoRALayer, shape_of
+from ..layers import LoRALayer
 
 D_START = 0.1  # where d starts; b starts at zero (table 6)
 
@@ -20,10 +21,15 @@ class Projection(nn.Module):
     def __init__(self, shapes: list[tuple[int, int]], rank: int, seed: int):
         super().__init__()
         self.seed = seed
-        generator = torch.Generator().manual_seed(seed)
         for name, shape in self.shapes(shapes, rank).items():
-            bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
-            self.register_buffer(name, torch.empty(shape).uniform_(-bound, bound, generator=generator))
+            self.register_buffer(name, torch.empty(shape, device="cpu"))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        for t in self.buffers():
+            bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(t.shape[1]))
+            t.copy_(torch.empty(t.shape, device="cpu").uniform_(-bound, bound, generator=generator))
 
     @staticmethod
     def shapes(shapes: list[tuple[int, int]], rank: int) -> dict[str, tuple[int, int]]:
@@ -32,15 +38,11 @@ class Projection(nn.Module):
 
 
 class VeRA(LoRALayer):
-    """``W + diag(b) B diag(d) A`` (eq. 2): r + out trained parameters a layer. alpha plays no part.
-
-    Attributes:
-        vera_lambda_d, vera_lambda_b: d (r,) and b (out,).
-        projection: the module that holds A and B.
-    """
+    """``W + diag(b) B diag(d) A`` (eq. 2): r + out trained parameters a layer, d and b. alpha plays no part."""
 
     variant, peft_type = "vera", "VERA"
-    settings = {"rank": "r", "target_modules": "target_modules", "dropout": "vera_dropout", "seed": "projection_prng_key"}
+    settings = {"rank": "r", "target_modules": "target_modules", "dropout": "vera_dropout",
+                "seed": "projection_prng_key"}
     constants = {"d_initial": D_START, "save_projection": True, "init_weights": True}
     keys = {"vera_lambda_d": "vera_lambda_d", "vera_lambda_b": "vera_lambda_b"}
     kinds = ("linear", "conv1d")
@@ -52,7 +54,8 @@ class VeRA(LoRALayer):
     @classmethod
     def check(cls, config: LoRAConfig) -> None:
         odd = config.use_rslora or config.rank_pattern or config.alpha_pattern or config.alpha != LoRAConfig.alpha
-        require(not odd, "init='vera' has one rank and no alpha: leave alpha, rsLoRA and the patterns as they are", config)
+        require(not odd, "init='vera' has one rank and no alpha: leave alpha, rsLoRA and the patterns as they are",
+                config)
 
     @classmethod
     def shared(cls, shapes: list[tuple[int, int]], config: LoRAConfig) -> dict:

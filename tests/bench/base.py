@@ -2,7 +2,7 @@
 
     python tests/bench/base.py
 
-Exact match on the test files, losses in nats a token, seconds of training on one thread. Exit code 1 if a goal is missed.
+Exact match on the test files, losses in nats a token, seconds of training on one thread. Exit code 1: a goal is missed.
 """
 
 import sys
@@ -10,8 +10,8 @@ import sys
 import torch
 
 from minilora.config import LoRAConfig
-from minilora.helpdesk import TASKS, evaluate, load_base, load_task
 from minilora.experiments import ATTENTION, MLP, adapt
+from minilora.helpdesk import TASKS, evaluate, load_base, load_task
 
 torch.set_num_threads(1)  # a second one gains little at this size
 lora = LoRAConfig(8, 16, ATTENTION + MLP)
@@ -20,7 +20,8 @@ missed = []
 
 def row(what: str, loss: float, exact: float, goal: str, ok: bool, seconds: float | None = None) -> None:
     took = f"{seconds:6.1f} s" if seconds else ""
-    print(f"{what:<44} loss {loss:7.4f}  exact {exact:6.1%}  {took:>8}  {goal:<30} {'ok' if ok else 'MISSED'}", flush=True)
+    print(f"{what:<44} loss {loss:7.4f}  exact {exact:6.1%}  {took:>8}  {goal:<30} {'ok' if ok else 'MISSED'}",
+          flush=True)
     missed.extend([what] * (not ok))
 
 
@@ -45,5 +46,6 @@ row("LoRA rank 8, catalogue", run.loss, run.exact, "", True, run.log.seconds)
 full = adapt("cipher", steps=600, lr=3e-3)
 row("full fine-tuning, cipher", full.loss, full.exact, "", True, full.log.seconds)
 thin = adapt("cipher", LoRAConfig(1, 2, ATTENTION + MLP), steps=600)
-row("LoRA rank 1, cipher", thin.loss, thin.exact, "20 points below full", full.exact - thin.exact >= 0.2, thin.log.seconds)
+row("LoRA rank 1, cipher", thin.loss, thin.exact, "20 points below full",
+    full.exact - thin.exact >= 0.2, thin.log.seconds)
 sys.exit(bool(missed))

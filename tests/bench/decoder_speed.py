@@ -81,7 +81,7 @@ def main(rounds: int, threads: int, longest: int) -> None:
     print(f"{'':<38}{'ours ms':>10}{'theirs ms':>11}{'ratio':>8}{'needed':>8}{'ratio of processor time':>26}")
     ours, theirs = models()
     words = ours.config.vocab_size
-    rows = [("generation, batch {}, 40 in, {} out".format(batch, new), 2.0, torch.randint(words, (batch, 40)), new)
+    rows = [(f"generation, batch {batch}, 40 in, {new} out", 2.0, torch.randint(words, (batch, 40)), new)
             for batch in (1, 8) for new in (24, longest)]
     rows.append(("training step, batch 64, 80 tokens", 1.0, torch.randint(words, (64, 80)), 0))
     for name, needed, ids, new in rows:

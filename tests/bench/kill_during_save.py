@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minilora import LoRAConfig, inject, load_adapter, lora_parameters, save_adapter
-from minilora.adapters import CONFIG, WEIGHTS, config_of, keys_of, peft_config
+from minilora.adapters import CONFIG, WEIGHTS
 from minilora.injection import lora_layers
+from minilora.peft_format import config_of, keys_of, peft_config
 
 
 def base() -> nn.Module:

@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from test_memory_models import on_meta, transformers_config
+
 from minilora.experiments.run import record
 from minilora.memory import ModelSpec, Training, estimate, fake, trace, training_step
 from minilora.tables import table
-from test_memory_models import on_meta, transformers_config
 
 ALL, QV = "all-linear", ("q_proj", "v_proj")
 RUNS = [

@@ -2,8 +2,8 @@
 
     python tests/bench/merge_error.py [--seeds 5]
 
-Each figure is ||merged - exact|| / ||update|| of a 768 x 768 linear, rank 8, the exact one in fp64; the worst of the seeds.
-"loss of the best" is what rounding the exact weight to the dtype would cost: no merge can be nearer.
+Each figure is ||merged - exact|| / ||update|| of a 768 x 768 linear, rank 8, the exact one in fp64; the worst of the
+seeds. "loss of the best" is what rounding the exact weight to the dtype would cost: no merge can be nearer.
 """
 
 import argparse

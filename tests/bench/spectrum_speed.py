@@ -21,7 +21,8 @@ from statistics import median
 import torch
 
 from minilora import LoRAConfig
-from minilora.adapters import keys_of, peft_config, write_adapter
+from minilora.adapters import write_adapter
+from minilora.peft_format import keys_of, peft_config
 from minilora.spectrum import product_svd
 
 ATTENTION = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (4096, 4096))  # name -> (out, in), Llama-2-7B

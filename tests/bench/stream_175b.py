@@ -17,9 +17,8 @@ from minilora import LoRAConfig, inject, lora_parameters
 from minilora.llama import LlamaConfig
 from minilora.memory import ModelSpec, Training, estimate
 from minilora.memory.tracer import fake, trace
-from minilora.weight_store import Store
 from minilora.stream import StreamedLlama
-from minilora.train import masked_cross_entropy
+from minilora.weight_store import Store
 
 GIB = 2**30
 
@@ -40,7 +39,7 @@ if __name__ == "__main__":
         adamw.step()
         adamw.zero_grad()
     with trace() as t:
-        masked_cross_entropy(model, ids, targets).backward()
+        model.loss(ids, targets).backward()
         adamw.step()
         adamw.zero_grad()
     bill = estimate(ModelSpec.from_config(config.to_hf()),

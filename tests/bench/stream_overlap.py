@@ -28,9 +28,8 @@ import torch
 
 from minilora import LoRAConfig, inject, lora_parameters
 from minilora.llama import LlamaConfig
-from minilora.weight_store import Store, build_store
 from minilora.stream import StreamedLlama
-from minilora.train import masked_cross_entropy
+from minilora.weight_store import Store, build_store
 
 CONFIG = LlamaConfig(4096, 1024, 2816, 32, 8, max_position_embeddings=512)
 PAGE, DONTNEED = os.sysconf("SC_PAGESIZE"), 4  # MADV_DONTNEED
@@ -80,7 +79,7 @@ def measure(store: Store, files: list[Path], seq: int, source: str, bus: float, 
     ids, targets = torch.randint(store.config.vocab_size, (2, 1, seq), generator=torch.Generator().manual_seed(0))
 
     def step(model=model, opt=adamw):
-        masked_cross_entropy(model, ids, targets).backward()
+        model.loss(ids, targets).backward()
         opt.step()
         opt.zero_grad()
 

@@ -8,10 +8,9 @@ CPU seconds are the process's own, so that what else runs on the machine does no
 them. Two steps are traced, and the second is what is told. "Resident" is the largest resident set of the whole process.
 """
 
-import time
-
 import argparse
 import resource
+import time
 
 import torch
 

@@ -23,8 +23,8 @@ def worker(method: str, parallel: str) -> None:
     import torch.distributed as dist
 
     from minilora import LoRAConfig, inject
-    from minilora.helpdesk import batches, load_base, load_task
     from minilora.distributed import Wire, is_main_process
+    from minilora.helpdesk import batches, load_base, load_task
     from minilora.train import train
 
     model, seen, counted = load_base(), [], []
@@ -52,7 +52,8 @@ if __name__ == "__main__":
     for method in ("lora", "full"):
         for parallel in ("ddp", "fsdp"):
             for processes in (2, 4):
-                done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                       "--nproc-per-node",
                                        str(processes), __file__, method, parallel], capture_output=True, text=True)
                 found = json.loads(done.stdout)
                 print(f"{method:4} {parallel:4} {processes} processes: counted {found['counted']:12,} bytes in "

@@ -23,8 +23,8 @@ class Benchmark:
 
     Attributes:
         items: dry -> the name of each row and what measures it: a dict for the record.
-        goals: a record -> one line for each goal that its rows miss, with predictions computed anew where that is quick.
-        columns: a row -> what a table shows of it. notes: a record -> lines to go below the table.
+        goals: a record -> one line for each goal that its rows miss, with predictions computed anew where that is
+        quick. columns: a row -> what a table shows of it. notes: a record -> lines to go below the table.
     """
 
     items: Callable[[bool], dict[str, Callable[[], dict]]]

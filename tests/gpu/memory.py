@@ -1,17 +1,17 @@
 """Memory on a card beside what was said of it: the grid of `run.py memory`, the verdicts of `run.py verdicts`.
 
-The grid: our decoder, Hugging Face's Llama with PEFT and its GPT-2, each with full fine-tuning, LoRA on q and v, LoRA on
-all linears, and NF4 with LoRA on all linears; in pure bf16 and in fp32 under bf16 autocast; with and without
+The grid: our decoder, Hugging Face's Llama with PEFT and its GPT-2, each with full fine-tuning, LoRA on q and v, LoRA
+on all linears, and NF4 with LoRA on all linears; in pure bf16 and in fp32 under bf16 autocast; with and without
 checkpointing; three shapes each. A cell is a process of its own, and its second step is measured. Beside it stand the
 trace's three counts and the account's. What cuBLAS takes for its workspace is known from PyTorch's source and added to
 each; the CUDA context is recorded. Half the cells, chosen by a hash of their names, are there to mend the trace with;
 what is reported is the other half.
 
-The verdicts: with the allocator's memory capped so that the process stays within 8, 12, 16 and 24 GiB, six recipes, each
-with the largest batch that is said to fit and the smallest that is said not to. The goal: what is said to fit does.
+The verdicts: with the allocator's memory capped so that the process stays within 8, 12, 16 and 24 GiB, six recipes,
+each with the largest batch that is said to fit and the smallest that is said not to. The goal: what is to fit does.
 
-A dry run, a few cells of each, counts the storages of a real step on the CPU in the card's place, and traces with the CPU's kernels; its
-verdicts are held against the trace of the very batch, CUDA's kernels, plus what a context takes.
+A dry run, a few cells of each, counts the storages of a real step on the CPU in the card's place, and traces with the
+CPU's kernels; its verdicts are held against the trace of the very batch, CUDA's kernels, plus what a context takes.
 """
 
 import gc
@@ -88,7 +88,8 @@ class Cell:
             checkpointing=self.checkpointing, stack="minilora" if self.model == "ours" else "transformers"))
 
     def need_packages(self) -> None:
-        for package in ("transformers", "peft", "bitsandbytes")[:(self.model != "ours") * (2 + (self.method == "qlora"))]:
+        needed = (self.model != "ours") * (2 + (self.method == "qlora"))
+        for package in ("transformers", "peft", "bitsandbytes")[:needed]:
             try:
                 __import__(package)
             except ImportError:
@@ -202,7 +203,7 @@ def memory_row(name: str, cell: Cell, dry: bool, own_process: bool) -> dict:
 
 
 def memory_items(dry: bool) -> dict:
-    """A process takes seconds, so a dry run makes one of its own for the first cell alone, and takes a third of them."""
+    """A process takes seconds, so a dry run makes one for the first cell alone, and takes a third of them."""
     cells = list(grid(DRY_SHAPES if dry else SHAPES).items())
     return {name: partial(memory_row, name, cell, dry, not dry or not i)
             for i, (name, cell) in enumerate(cells[::3] if dry else cells)}
@@ -246,7 +247,8 @@ def memory_notes(record: dict) -> list[str]:
     for which in ("mend", "report"):
         rows = [r for r in record["rows"] if r["half"] == which and "allocated" in r["measured"]]
         if rows:
-            worst = {what: max(abs((r["trace"][what] + more) / r["measured"][what] - 1) for r in rows) for what in GOALS}
+            worst = {what: max(abs((r["trace"][what] + more) / r["measured"][what] - 1) for r in rows)
+                     for what in GOALS}
             worst["account"] = max(abs((r["account"] + more) / r["measured"]["allocated"] - 1) for r in rows)
             lines.append(f"{which}, {len(rows)} cells, off by at most: "
                          + ", ".join(f"{what} {error:.2%}" for what, error in worst.items()))
@@ -314,7 +316,8 @@ def verdict_goals(record: dict) -> list[str]:
 
 def verdict_columns(row: dict) -> dict[str, str]:
     return {"said": row["verdict"], "need, GiB": " to ".join(f"{n / GIB:.2f}" for n in row["need"]),
-            "did": "fit" if row["fitted"] else "not fit", "reserved, GiB": f"{row['measured'].get('reserved', 0) / GIB:.2f}"}
+            "did": "fit" if row["fitted"] else "not fit",
+            "reserved, GiB": f"{row['measured'].get('reserved', 0) / GIB:.2f}"}
 
 
 def verdict_notes(record: dict) -> list[str]:

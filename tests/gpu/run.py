@@ -8,11 +8,11 @@
     python tests/gpu/run.py stream                 GPT-3 175B within 24 GiB, streamed: gpu_stream.json
     python tests/gpu/run.py routing                a batch of 64 rows over 1, 8 and 64 adapters: gpu_routing.json
 
-It needs requirements-dev.txt, torch for CUDA, nvidia-smi, a card of 80 GB for every cell (what a smaller one cannot hold
-is recorded as such), and for transformers' 4-bit cells `pip install bitsandbytes` (else they are skipped, with that
-reason). The record is written row by row: the same command goes on where it was stopped, if the card and torch are the
-same. It ends with a table and the goals that were missed; exit code 1 if there are any. tests/test_gpu_records.py holds
-every record against the predictions, on any machine.
+It needs requirements-dev.txt, torch for CUDA, nvidia-smi, a card of 80 GB for every cell (what a smaller one cannot
+hold is recorded as such), and for transformers' 4-bit cells `pip install bitsandbytes` (else they are skipped, with
+that reason). The record is written row by row: the same command goes on where it was stopped, if the card and torch are
+the same. It ends with a table and the goals that were missed; exit code 1 if there are any. tests/test_gpu_records.py
+holds every record against the predictions, on any machine.
 
     python tests/gpu/run.py all --dry              the same code on the CPU with tiny shapes, a minute or two
 
@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from common import Benchmark, Skip, machine, measured_rows
-
-from minilora.helpdesk import DATA
-from minilora.experiments import record
-from minilora.tables import table
 from memory import MEMORY, VERDICTS, child
 from speed import NF4, ROUTING, STEP, STREAM
+
+from minilora.experiments import record
+from minilora.helpdesk import DATA
+from minilora.tables import table
 
 BENCHMARKS: dict[str, Benchmark] = {"memory": MEMORY, "verdicts": VERDICTS, "step": STEP, "nf4": NF4, "stream": STREAM,
                                     "routing": ROUTING}

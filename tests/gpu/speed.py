@@ -5,7 +5,6 @@ Rows that are compared take turns in one process; figures are medians of seconds
 by the account. Peers that are not installed are left out of a row.
 """
 
-import copy
 import gc
 import json
 import math
@@ -18,21 +17,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import GIB, MIB, Benchmark, Skip, clock, device, off
-
 from blocks import ALL, adapted, stack  # the benches', as are the next three
+from common import GIB, MIB, Benchmark, Skip, clock, device, off
 from dequantise import plain
-from lora_step import contestants, flops, optimizer_of
+from lora_step import contestants, flops, optimizer_of, step
 from lora_step import measure as race
-from lora_step import step
+from routing import interleaved
+from routing import measure as routed
+
 from minilora.llama import LlamaConfig
 from minilora.memory import fake, measure
 from minilora.memory.costs import four_bit_bytes
 from minilora.memory.models import ModelSpec
-from minilora.stream_run import config_of
 from minilora.quant import dequantise, quantise, quantise_model
-from routing import interleaved
-from routing import measure as routed
+from minilora.stream_run import config_of
 
 # ---------------------------------------------------------------- a LoRA step
 
@@ -139,7 +137,8 @@ def wider(row: dict, peer: str) -> int:
 def step_notes(record: dict) -> list[str]:
     """The bytes of fp32 adapters are no secret: where PEFT's in bf16 hold less, it is said by how much."""
     return [f"{row['name']}: ours holds {(row['bytes'][OURS] - row['bytes'][PEFT[1]]) / MIB:+.1f} MiB beside PEFT with "
-            f"bf16 adapters; fp32 adapters and their moments make {wider(row, PEFT[1]) / MIB:.1f}" for row in record["rows"]]
+            f"bf16 adapters; fp32 adapters and their moments make {wider(row, PEFT[1]) / MIB:.1f}"
+            for row in record["rows"]]
 
 
 def step_columns(row: dict) -> dict[str, str]:
@@ -197,7 +196,8 @@ def nf4_goals(record: dict) -> list[str]:
     for row in record["rows"]:
         if "shape" in row:
             lines += [f"{row['name']}: off by {row['error']} from the definition"] * (row["error"] > 0)
-            lines += off(f"{row['name']}: bytes stored", four_bit_bytes(math.prod(row["shape"]), True), row["held"], 1e-4)
+            lines += off(f"{row['name']}: bytes stored", four_bit_bytes(math.prod(row["shape"]), True),
+                         row["held"], 1e-4)
             if not record["dry"] and least_seconds(row) > 1.1 * row["seconds"]["ours"]:
                 lines.append(f"{row['name']}: faster than its bytes allow, so the clock is wrong")
     return lines
@@ -249,7 +249,8 @@ def stream_row(rank: int, targets: str, dry: bool) -> dict:
     seq, budget = (32, "512MiB") if dry else (2048, "24GiB")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config.to_hf()))
-        command = [sys.executable, "-m", "minilora", "stream", "--config", folder, "--quantise", "nf4", "--rank", str(rank),
+        command = [sys.executable, "-m", "minilora", "stream", "--config", folder, "--quantise", "nf4",
+                   "--rank", str(rank),
                    "--targets", targets, "--batch", "1", "--seq", str(seq), "--steps", "3", "--budget", budget,
                    "--device", device(dry), "--json"]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -282,7 +283,8 @@ def stream_columns(row: dict) -> dict[str, str]:
     return {"layers": str(row["layers"]), "peak, GiB": f"{row['peak']['measured'] / GIB:.2f}",
             "plan, GiB": f"{row['peak']['plan'] / GIB:.2f}", "s a step": f"{row['seconds']['step']:.2f}",
             "waited, s": f"{row['seconds']['waiting']:.2f}", "moved, GiB": f"{row['moved']['measured'] / GIB:.2f}",
-            "share of the bus": f"{rate / row['bus']:.1%}", "TFLOP/s": f"{row['flops'] / row['seconds']['step'] / 1e12:.3f}",
+            "share of the bus": f"{rate / row['bus']:.1%}",
+            "TFLOP/s": f"{row['flops'] / row['seconds']['step'] / 1e12:.3f}",
             "reduced": row["reduced"]}
 
 
@@ -308,7 +310,8 @@ def routing_items(dry: bool) -> dict:
 def routing_goals(record: dict) -> list[str]:
     """The outputs were compared as they were measured; the goal is to be ahead of PEFT's mixed batch."""
     fast = lambda row, who: row["tokens_per_second"][who]
-    return [f"{row['name']}: {fast(row, 'ours, routed'):,.0f} tokens a second, PEFT {fast(row, 'PEFT, mixed batch'):,.0f}"
+    return [f"{row['name']}: {fast(row, 'ours, routed'):,.0f} tokens a second, "
+            f"PEFT {fast(row, 'PEFT, mixed batch'):,.0f}"
             for row in record["rows"] if not record["dry"]
             and fast(row, "ours, routed") <= fast(row, "PEFT, mixed batch")]
 

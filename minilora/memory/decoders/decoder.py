@@ -86,7 +86,7 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             ops.place = ("forward", i)
 
-            def run(x: Tensor, layer=layer, tables=self.tables_of(tables, i), held=held[1:2]) -> Tensor:
+            def run(x: Tensor, layer=layer, tables=self.tables_of(tables, i), held=held[1:2]) -> Tensor:  # noqa: B008
                 return self.block(x, layer, tables)
 
             x = ops.checkpoint(run, x) if self.run.checkpointing else run(x)

@@ -8,11 +8,11 @@ from .. import losses
 from ..activations import ACTIVATIONS
 from ..ledger import Tensor
 from ..linears import OurLinear
-from .decoder import Decoder, Layer
+from .decoder import Decoder
 
-# steps of one operator each, as `Ops.unary` takes them
-SCALED = (("scaled scores",),)
-SOFTCAP = (("divided by the cap",), ("tanh", "output"), ("times the cap",))  # cap * tanh(x / cap)
+Step = tuple[str] | tuple[str, str]  # an operator as `Ops.unary` takes it: its name, and what it keeps
+SCALED: tuple[Step, ...] = (("scaled scores",),)
+SOFTCAP: tuple[Step, ...] = (("divided by the cap",), ("tanh", "output"), ("times the cap",))  # cap * tanh(x / cap)
 Matrices = dict[str, OurLinear]
 
 
@@ -26,8 +26,8 @@ class HuggingFaceDecoder(Decoder):
 
     always_eager = False
     masks = 1
-    score_steps: tuple[tuple[str, ...], ...] = SCALED
-    logit_steps: tuple[tuple[str, ...], ...] = ()
+    score_steps: tuple[Step, ...] = SCALED
+    logit_steps: tuple[Step, ...] = ()
 
     @property
     def eager(self) -> bool:

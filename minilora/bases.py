@@ -1,0 +1,122 @@
+"""The layers of a base that can be adapted: which they are, how their weight is read, where and in what they compute.
+
+One orientation everywhere: a weight is seen as (out, in), as `dense_weight` returns it. An embedding is a linear on
+one-hot rows: in = rows, out = width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """"linear", "conv1d" (GPT-2's: a linear that stores W transposed), "embedding", or None: cannot be adapted.
+
+    A layer that does something else with its weight does not count: a subclass with a forward of its own, a weight that
+    is computed (weight norm, parametrisation), an embedding that rescales its rows in forward (max_norm).
+    """
+    if quantised(module):
+        return "linear"
+    weight, forward = module._parameters.get("weight"), type(module).forward
+    if weight is None or not torch.compiler.is_compiling() and foreign(weight):
+        return None
+    if forward is nn.Linear.forward:
+        return "linear"
+    if isinstance(module, nn.Embedding) and module.max_norm is None:
+        scaled = "ScaledWordEmbedding" in type(module).__name__ and hasattr(module, "embed_scale")
+        return "embedding" if forward is nn.Embedding.forward or scaled else None
+    if type(module).__name__ == "Conv1D" and getattr(module, "nf", None) == weight.shape[-1]:
+        return "conv1d"
+    return None
+
+
+def foreign(weight: Tensor) -> bool:
+    """float8 and torchao's formats: only kernels of their own can read them, and those give no gradient here."""
+    return weight.dtype.itemsize < 2 or type(weight).__module__.startswith("torchao")
+
+
+def why_not(module: nn.Module) -> str:
+    """Why `kind_of` is None, as the end of an error message."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear) and isinstance(weight, Tensor) and type(module).forward is nn.Linear.forward:
+        return f"its weight is a {type(weight).__name__} of {weight.dtype}: load the base in a 16-bit or 32-bit dtype"
+    return "expected Linear, Conv1D or Embedding"
+
+
+def words(kinds: tuple[str, ...]) -> str:
+    """Kinds of layers, as the end of an error message: "Linear, Conv1D or Embedding"."""
+    *first, last = [{"linear": "Linear", "conv1d": "Conv1D", "embedding": "Embedding"}[kind] for kind in kinds]
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def quantised(module: nn.Module) -> bool:
+    """A linear that keeps its weight in codes: ``dequantize()`` gives it as (out, in), or it is bitsandbytes'."""
+    if type(module).__name__ in BITSANDBYTES and type(module).__module__.startswith("bitsandbytes"):
+        return True
+    return hasattr(module, "dequantize") and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def dense_4bit(layer: nn.Module) -> Tensor:
+    """bitsandbytes' Linear4bit, (out, in)."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    if layer.weight.quant_state is None:
+        raise ValueError("a Linear4bit of bitsandbytes is not quantised before .to(device)")
+    if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        raise ValueError("a Linear4bit of bitsandbytes that has run in eval mode on this CPU keeps its codes in another "
+                         "order, which cannot be read: call model.train() before its first forward")
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def dense_8bit(layer: nn.Module) -> Tensor:
+    """bitsandbytes' Linear8bitLt, (out, in): codes times a scale a row; the first forward moves both to `state`."""
+    place = layer.state if layer.state.CB is not None else layer.weight
+    if place.SCB is None:
+        raise ValueError("a Linear8bitLt of bitsandbytes is not quantised before .to(device)")
+    codes = layer.weight.data if place.CB is None else place.CB
+    return codes.float() * place.SCB.float()[:, None] / 127
+
+
+BITSANDBYTES = {"Linear4bit": dense_4bit, "Linear8bitLt": dense_8bit}
+
+
+def output_scale(base: nn.Module) -> Tensor | float:
+    """What transformers' scaled embeddings (Gemma 3, BART) multiply their rows by on the way out; else 1."""
+    return getattr(base, "embed_scale", 1) if isinstance(base, nn.Embedding) else 1
+
+
+def dense_weight(base: nn.Module) -> Tensor:
+    """The layer's weight as (out, in): a view, or for a quantised layer a fresh tensor. A ValueError if it is away."""
+    if execution_device(base) is not None and any(p.is_meta for p in base.parameters()):
+        raise ValueError("the weight is offloaded and only visits the device: it cannot be read here")
+    if quantised(base):
+        return base.dequantize() if hasattr(base, "dequantize") else BITSANDBYTES[type(base).__name__](base)
+    return base.weight if kind_of(base) == "linear" else base.weight.T
+
+
+def shape_of(base: nn.Module) -> tuple[int, int]:
+    """(out, in)"""
+    return (base.out_features, base.in_features) if kind_of(base) == "linear" else tuple(base.weight.T.shape)
+
+
+def adapter_options(base: nn.Module) -> dict:
+    """Device and dtype of an adapter on this layer: the base's, but at least fp32, where small steps are not lost.
+
+    A streamed layer (stream.py) rests on one device and computes on another, which it calls `compute_device`.
+    """
+    tensors = [*base.parameters(), *base.buffers()]
+    floats = [t.dtype for t in tensors if t.is_floating_point()] or [torch.float32]
+    device = execution_device(base)
+    return {"device": getattr(base, "compute_device", tensors[0].device) if device is None else device,
+            "dtype": torch.promote_types(floats[0], torch.float32)}
+
+
+def execution_device(base: nn.Module) -> torch.device | int | str | None:
+    """Where accelerate brings the weights of an offloaded layer when it computes; None if it does not look after it."""
+    hook = base.__dict__.get("_hf_hook")
+    found = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", [hook])]
+    return next((device for device in found if device is not None), None)
+
+
+def widest(t: Tensor) -> torch.dtype:
+    """fp64, or fp32 where the device has no fp64."""
+    return torch.float32 if t.device.type == "mps" else torch.float64
