@@ -207,7 +207,9 @@ def add_option(parser, field) -> None:
 def spec_of(options) -> ModelSpec:
     if options.family is not None and options.model is not None:
         raise ValueError("--family goes with --config: the family of a known model is known")
-    return ModelSpec.preset(options.model) if options.model is not None else ModelSpec.from_config(options.config, options.family)
+    if options.model is not None:
+        return ModelSpec.preset(options.model)
+    return ModelSpec.from_config(options.config, options.family)
 
 
 def stored_as(spec: ModelSpec) -> dict:

@@ -308,7 +308,8 @@ class ModelSpec:
             raise ValueError(unknown_family(kind, config, name))
         experts = None if FAMILIES[kind].experts else next((field for field in EXPERTS if config.get(field)), None)
         if experts:
-            raise ValueError(f"{name}: {experts} is {quoted(config[experts])}; layers of several experts are not priced")
+            raise ValueError(f"{name}: {experts} is {quoted(config[experts])}; layers of several experts are not "
+                             "priced")
         sizes = FAMILIES[kind].read(Fields(config, name, kind, FAMILIES[kind].names))
         sizes |= read_quantisation(config.get("quantization_config"), name)
         return cls(name=plain(config.get("_name_or_path") or name, 80), family=kind, **sizes)

@@ -117,7 +117,7 @@ def hugging_face_model(config, lora: LoRAConfig | None, dtype: torch.dtype, chec
     if lora:
         targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
         names = [name for name, _ in model.named_modules()]
-        for target in () if isinstance(targets, str) else targets:  # PEFT passes one over in silence, if another matches
+        for target in () if isinstance(targets, str) else targets:  # PEFT passes one over if another matches
             if not any(entry_matches(target, name) for name in names):
                 raise ValueError(f"target {quoted(target)} matches no module of the architecture")
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha,
