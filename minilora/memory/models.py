@@ -308,8 +308,8 @@ class ModelSpec:
             raise ValueError(unknown_family(kind, config, name))
         experts = None if FAMILIES[kind].experts else next((field for field in EXPERTS if config.get(field)), None)
         if experts:
-            raise ValueError(f"{name}: {experts} is {quoted(config[experts])}; "
-                             "layers of several experts are not priced")
+            raise ValueError(f"{name}: {experts} is {quoted(config[experts])}; layers of several experts are not "
+                             "priced")
         sizes = FAMILIES[kind].read(Fields(config, name, kind, FAMILIES[kind].names))
         sizes |= read_quantisation(config.get("quantization_config"), name)
         return cls(name=plain(config.get("_name_or_path") or name, 80), family=kind, **sizes)
@@ -328,12 +328,12 @@ def read_quantisation(config: object, name: str) -> dict[str, Any]:
         group = config.get("group_size", -1)
         if type(group) is not int or group < -1 or not group:
             raise ValueError(f"{name}: quantization_config's group_size must be -1 or a positive integer, got "
-                             f"{group!r}")
+                             f"{quoted(group)}")
         return {"quantised": "gptq", "group": max(group, 0)}
     bits = f" in {config.get('bits') or ('8' if config.get('load_in_8bit') else 'unknown')} bits"
     stored = plain(method or "quantization_config", 80) + plain(bits, 80)
-    raise ValueError(f"{name}: its weights are stored as {stored}, which is not priced; priced are bitsandbytes in 4 "
-                     "bits, gptq in 4 bits, and weights in 16 or 32")
+    raise ValueError(f"{name}: its weights are stored as {stored}, which is not priced; "
+                     "priced are bitsandbytes in 4 bits, gptq in 4 bits, and weights in 16 or 32")
 
 
 def unknown_family(kind: object, config: Mapping, name: str) -> str:
