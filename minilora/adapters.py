@@ -29,6 +29,7 @@ from .tables import quoted
 from .trained_copy import state_of
 
 CONFIG, WEIGHTS, FINGERPRINT = "adapter_config.json", "adapter_model.safetensors", "minilora.base"
+MOST_ENTRIES = 2**28  # of a LoRA factor: a vocabulary of a million at rank 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of what an adapter's file may hold
 
 
@@ -129,9 +130,12 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     tensors, metadata = read_safetensors(path)
     for key, t in tensors.items():
         if t.dtype not in DTYPES:
-            raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values, expected finite floating-point numbers "
-                             "of 16 bits or more")
-        if not all(part.float().isfinite().all() for part in t.flatten().split(2**22)):  # the file may be huge
+            raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values, expected finite floating-point numbers of "
+                             "16 bits or more")
+        if "lora_" in key and t.numel() > MOST_ENTRIES:
+            raise ValueError(f"{quoted(key)} in {path} has the shape {tuple(t.shape)}: no layer's factor is so large, "
+                             f"expected at most {MOST_ENTRIES:,} entries")
+        if not all(part.isfinite().all() for part in t.flatten().split(2**22)):  # a part at a time: a file may be huge
             raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values that are not all finite floating-point "
                              "numbers")
     return tensors, metadata.get(FINGERPRINT)
