@@ -1,7 +1,7 @@
 """TRL's loss for a trace: what `losses.chunked` plays, as torch runs it, without TRL or a GPU.
 
-TRL's own kernels are Triton's. On fake tensors only what they allocate matters, so the function here makes TRL's tensors
-(trl 1.16, kernels/chunked_logprob.py, `ChunkedLogProbFunction`) and leaves them empty. It computes no loss.
+TRL's own kernels are Triton's. On fake tensors only what they allocate matters, so the function here makes TRL's
+tensors (trl 1.16, kernels/chunked_logprob.py, `ChunkedLogProbFunction`) and leaves them empty. It computes no loss.
 """
 
 import torch
