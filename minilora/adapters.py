@@ -150,8 +150,8 @@ def read_config(folder: Path, only: Collection[str] = ()) -> Any:
     path, values = folder / CONFIG, read_settings(folder)
     kind = values.get("peft_type", LoRALayer.peft_type)
     if only and kind not in only:
-        raise ValueError(f"{path}: is of peft_type {quoted(kind)}; only {' or '.join(map(repr, only))} can be loaded "
-                         "here")
+        raise ValueError(f"{path}: is of peft_type {quoted(kind)}; "
+                         f"only {' or '.join(map(repr, only))} can be loaded here")
     try:
         return format_of(kind).read(values)
     except ValueError as e:

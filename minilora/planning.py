@@ -141,8 +141,8 @@ def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig, not
             notes[name] = f"left out, a {type(modules[name]).__name__}: {why}"
             if not isinstance(wanted, str):
                 entry = next(entry for entry in wanted if entry_matches(entry, name))
-                raise ValueError(f"target_modules: {quoted(entry)} matches {name}, a {type(modules[name]).__name__}, "
-                                 f"which cannot be adapted: {why}")
+                raise ValueError(f"target_modules: {quoted(entry)} matches {name}, a "
+                                 f"{type(modules[name]).__name__}, which cannot be adapted: {why}")
     found, odd = [name for name in meant if name in kinds], next(iter(notes.items()), None)
     if not found:
         what = (f"{quoted(wanted)}: the model has no linear layer besides its head" if wanted == ALL_LINEAR else

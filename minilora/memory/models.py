@@ -332,8 +332,8 @@ def read_quantisation(config: object, name: str) -> dict[str, Any]:
         return {"quantised": "gptq", "group": max(group, 0)}
     bits = f" in {config.get('bits') or ('8' if config.get('load_in_8bit') else 'unknown')} bits"
     stored = plain(method or "quantization_config", 80) + plain(bits, 80)
-    raise ValueError(f"{name}: its weights are stored as {stored}, which is not priced; "
-                     "priced are bitsandbytes in 4 bits, gptq in 4 bits, and weights in 16 or 32")
+    raise ValueError(f"{name}: its weights are stored as {stored}, which is not priced; priced are "
+                     "bitsandbytes in 4 bits, gptq in 4 bits, and weights in 16 or 32")
 
 
 def unknown_family(kind: object, config: Mapping, name: str) -> str:
