@@ -128,7 +128,7 @@ class Damage:
                 key.replace("base_model.", ""),
                 "",
                 "a\nb",
-                key.replace(".weight", ".default.weight"),
+                key.replace(".weight", ".other.weight"),
                 key.replace("model.0", "model.9"),
                 key.upper(),
             ]
