@@ -130,9 +130,9 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     tensors, metadata = read_safetensors(path)
     for key, t in tensors.items():
         if t.dtype not in DTYPES:
-            raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values, expected finite floating-point numbers of "
-                             "16 bits or more")
-        if not all(part.float().isfinite().all() for part in t.flatten().split(2**22)):  # a part at a time: a file may be huge
+            raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values, expected finite floating-point numbers "
+                             "of 16 bits or more")
+        if not all(part.float().isfinite().all() for part in t.flatten().split(2**22)):  # the file may be huge
             raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values that are not all finite floating-point "
                              "numbers")
     return tensors, metadata.get(FINGERPRINT)
