@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .adapter_tools import in_layer_order, last, named, parts_of, percent, some
-from .adapters import WEIGHTS, read_adapter, read_settings, write_adapter
+from .adapters import check_free, read_adapter, read_settings, write_adapter
 from .checkpoints import read_json, read_tensor, tensor_files
 from .config import LoRAConfig, entry_matches
 from .layers import LoRALayer
@@ -193,11 +193,6 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"cannot compute on {quoted(device)}: {str(e).splitlines()[0]}") from None
-
-
-def check_free(out: str | os.PathLike) -> None:
-    if (Path(out) / WEIGHTS).exists():
-        raise ValueError(f"{out} holds an adapter already: name another folder")
 
 
 # The commands

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .adapters import save_adapter
+from .adapters import check_free, save_adapter
 from .checkpoints import read_json
 from .config import ALL_LINEAR, LoRAConfig, require
 from .extract import check_device
@@ -237,6 +237,8 @@ def stream_command(parser, arguments: list[str]) -> None:
     if o.quantise is not None and o.quantise not in LEVELS:
         raise ValueError(f"no quantisation {o.quantise!r}; {suggest(o.quantise, LEVELS)}")
     require(0 < o.steps < 2**31, "steps must be a positive integer", o.steps)
+    if o.out:
+        check_free(o.out)
     base = o.base or ("disk" if o.store else "host")
     if base == "disk" and not (o.store or o.plan):
         raise ValueError("base disk needs --store, a folder for it")

@@ -1,5 +1,6 @@
 """One training loop for every run: pretraining, full fine-tuning and LoRA differ only in what has requires_grad."""
 
+import hashlib
 import json
 import math
 import random
@@ -8,16 +9,19 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import distributed
-from .checkpoints import read_safetensors, save_tensors, write_file
+from .checkpoints import checksum, read_safetensors, save_tensors, write_file
 from .config import check_name, is_number, require
 from .injection import without_gradient
+from .layers import AdapterLayer
 from .losses import IGNORE, masked_cross_entropy
+from .naming import plain_modules
 
 Loss = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
 SCHEDULES = {
@@ -36,10 +40,12 @@ class Log:
     grad_norm: list[float] = field(default_factory=list)  # over all trained parameters, before clipping
     seconds: float = 0.0  # wall time of all steps
     trained: int = 0  # number of parameters that train
+    data: list[str] = field(default_factory=list)  # a digest of the batch
 
     def save(self, path: str | Path, every: int = 1) -> None:
         """Write the log as JSON, each list thinned to its every `every`-th step."""
-        thin = {k: [round(x, 6) for x in v[::every]] if isinstance(v, list) else v for k, v in asdict(self).items()}
+        numbers = {k: v for k, v in asdict(self).items() if k != "data"}
+        thin = {k: [round(x, 6) for x in v[::every]] if isinstance(v, list) else v for k, v in numbers.items()}
         Path(path).write_text(json.dumps({"every": every, **thin}) + "\n")
 
 
@@ -81,7 +87,9 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
         on_step: called as on_step(step, model, log) after backward and clipping, before the update, so that gradients
             are there to look at.
         checkpoint: a safetensors file, written every `every` steps and at the end. If it is there already the run goes
-            on from it, with the numbers that an uninterrupted run would have given.
+            on from it, with the numbers that an uninterrupted run would have given. Of the settings, the adapters, the
+            frozen weights, the loss and the batches so far none may have changed; if nothing is left to do, a warning
+            says so.
         stop_at: end after this many steps of the planned `steps`, as if interrupted.
         accumulation: in how many parts, one after the other, each process takes its rows of a batch; less memory for
             activations, and no more exchange of gradients than without.
@@ -97,8 +105,8 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
 
     Raises:
         ValueError: nothing to train, a setting out of range, a loss or gradient that is not finite (the weights are
-            then those of the step before), a checkpoint that is damaged or of another run, or a batch of fewer rows
-            than parts.
+            then those of the step before), a checkpoint that is damaged or of another run, with the difference
+            named, or a batch of fewer rows than parts.
         SystemExit: another process of the run is gone: see `distributed.ending_as_one`.
     """
     check_name("schedule", schedule, SCHEDULES)
@@ -121,7 +129,10 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
     rank, processes = distributed.init(parallel)
     net, saved = model, 0
     run = {"steps": steps, "lr": peaks, "warmup": warmup, "schedule": schedule, "weight_decay": weight_decay,
-           "clip": clip, "seed": seed, "optimizer": optimizer.__name__}
+           "clip": clip, "seed": seed, "optimizer": optimizer.__name__,
+           "loss": getattr(loss, "__qualname__", repr(loss))}
+    if checkpoint is not None:
+        run |= what_trains(model, trained)
 
     def advice() -> str:
         return (f"The checkpoint {checkpoint} stands, at step {saved}: the same command goes on from there." if saved
@@ -136,11 +147,13 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
         device, log = trained[0].device, Log(trained=sum(p.numel() for p in trained))
         seed_everything(seed)
         if checkpoint is not None and Path(checkpoint).exists():
-            log = load_checkpoint(checkpoint, trained, opt, run)
+            log = load_checkpoint(checkpoint, trained, opt, run, batches)
             saved = len(log.loss)
         starts = distributed.gathered(torch.tensor(saved, device=device)).tolist()
         require(len(set(starts)) == 1, "all processes must see the same checkpoint, to go on from one step", starts)
         end = min(steps, last)
+        if saved >= end and rank == 0:
+            warnings.warn(f"{checkpoint} holds all {saved} steps of this run: nothing was left to do", stacklevel=2)
         model.train()
         opt.zero_grad()  # what a backward pass before this run may have left
         bar = tqdm(range(saved, end), initial=saved, total=steps, disable=not progress or rank > 0, leave=False)
@@ -151,7 +164,9 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
                 group["lr"] = peak * factor
             if processes > 1:
                 distributed.seed_step(seed, step)
-            batch = tuple(t.to(device) for t in batches(step))
+            batch = batches(step)
+            log.data.append(digest_of(batch))
+            batch = tuple(t.to(device) for t in batch)
             counted = (batch[1] != IGNORE).sum() if processes * accumulation > 1 else None
             total = 0
             for i in range(accumulation):
@@ -199,20 +214,25 @@ def save_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors["rng"] = torch.get_rng_state()
         metadata = {"run": json.dumps(run), "log": json.dumps(asdict(log))}
+        metadata["sha256"] = sealed(tensors, metadata)
         write_file(path, lambda file: save_tensors(tensors, file, metadata))
     distributed.wait_for_all()
 
 
-def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Optimizer, run: dict) -> Log:
-    """Put a run back where `save_checkpoint` left it.
+def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Optimizer, run: dict,
+                    batches: Callable[[int], tuple[Tensor, Tensor]] | None = None) -> Log:
+    """Put a run back where `save_checkpoint` left it. Of the batches so far up to 64 are made again and compared.
 
     Raises:
-        ValueError: a damaged file, or one of a run with other settings or parameters.
+        ValueError: a damaged file, or one of a run with other settings, adapters, frozen weights or data. Nothing has
+            been changed then.
     """
     params: dict[int, Tensor] = {}
     state: dict[int, dict[str, Tensor]] = {}
     tensors, metadata = read_safetensors(Path(path), kind="not a training checkpoint")
     try:
+        if metadata["sha256"] != sealed(tensors, metadata):
+            raise ValueError("its bytes are not those that were written")
         was, log = dict(**json.loads(metadata["run"])), Log(**json.loads(metadata["log"]))
         rng = torch.Generator()
         rng.set_state(tensors.pop("rng"))  # fails here if it is no random state
@@ -222,13 +242,19 @@ def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
                 params[int(i)] = value
             else:
                 state.setdefault(int(i), {})[name[0]] = value
-        if not len(log.loss) == len(log.lr) == len(log.grad_norm):
+        if not len(log.loss) == len(log.lr) == len(log.grad_norm) == len(log.data):
             raise ValueError("its log has lists of different lengths")
     except Exception as e:  # the reader's errors have no common class: SafetensorError, OSError, KeyError, ...
         raise ValueError(f"{path} is damaged or not a training checkpoint: {e!r}") from None
-    if was != run:
-        other = ", ".join(f"{k} {was.get(k)} there, {run[k]} here" for k in run if was.get(k) != run[k])
-        raise ValueError(f"{path} is of another run ({other}); delete it to start afresh")
+    other = [difference(key, was.get(key), value) for key, value in run.items() if was.get(key) != value]
+    if batches is not None and not other:
+        seen, count = len(log.data), min(len(log.data), 64)
+        steps = {round(i * (seen - 1) / max(count - 1, 1)) for i in range(count)}
+        if changed := [step for step in sorted(steps) if digest_of(batches(step)) != log.data[step]]:
+            other = [f"other data: the batch of step {changed[0]} is not the one that it saw"]
+    if other:
+        more = f" and {len(other) - 4} more" * (len(other) > 4)
+        raise ValueError(f"{path} is of another run ({', '.join(other[:4])}{more}); delete it to start afresh")
     here = {i: p.shape for i, p in enumerate(trained)}
     if {i: p.shape for i, p in params.items()} != here or not state.keys() <= here.keys():
         raise ValueError(f"{path} is of a run that trains other parameters; delete it to start afresh")
@@ -239,3 +265,52 @@ def load_checkpoint(path: str | Path, trained: list[Tensor], opt: torch.optim.Op
             p.copy_(distributed.like(params[i], p))
     torch.set_rng_state(rng.get_state())
     return log
+
+
+# ---------------------------------------------------------------- whose checkpoint it is
+
+
+def what_trains(model: nn.Module, trained: list[Tensor]) -> dict:
+    """What a checkpoint must say of a model so that it is not taken for another's: the parameters that train, the
+    adapters with their settings (a value, or a dict of them by module where they differ), and a digest of what is
+    frozen, of which about 1,024 entries a tensor are looked at."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    layers = {name: m for name, m in plain_modules(model, seen=set()) if isinstance(m, AdapterLayer)}
+    found: dict = {"targets": sorted(layers)}
+    settings = {name: {"method": type(m).__name__} | {key: value for key, value in vars(m).items() if key != "training"
+                and not key.startswith("_") and isinstance(value, (int, float, str))} for name, m in layers.items()}
+    for key in sorted({key for own in settings.values() for key in own}):
+        values = {name: own.get(key) for name, own in settings.items()}
+        found[key] = next(iter(values.values())) if len(set(values.values())) == 1 else values
+    wanted, frozen = {id(p) for p in trained}, hashlib.sha256()
+    for name, t in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+        if id(t) not in wanted:
+            flat = distributed.full_tensor(t.detach()).flatten()
+            entries = flat[:: max(1, len(flat) // 1024)].contiguous().cpu()
+            frozen.update(f"{name} {tuple(t.shape)} {t.dtype}".encode() + entries.view(torch.uint8).numpy().tobytes())
+    return found | {"parameters": [names.get(id(p), "?") for p in trained], "frozen weights": frozen.hexdigest()[:12]}
+
+
+def digest_of(batch: tuple[Tensor, ...]) -> str:
+    """16 hexadecimal digits that tell a batch from others."""
+    return checksum({str(i): t for i, t in enumerate(batch)})[:16]
+
+
+def sealed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """The checksum of a checkpoint: of its tensors, its settings and its log."""
+    words = "\n".join(metadata[key] for key in ("run", "log"))
+    return hashlib.sha256((checksum(tensors) + words).encode()).hexdigest()
+
+
+def difference(key: str, there: Any, here: Any) -> str:
+    """One difference between two runs, in a few words."""
+    if isinstance(there, list) and isinstance(here, list) and all(isinstance(x, str) for x in there + here):
+        only = {"there": [x for x in there if x not in here], "here": [x for x in here if x not in there]}
+        said = [f"{', '.join(names[:3])}{', ...' * (len(names) > 3)} only {where}"
+                for where, names in only.items() if names]
+        return f"{key}: {' and '.join(said) or 'in another order'}"
+    if isinstance(there, dict) or isinstance(here, dict):  # by module, on one side at least
+        a, b = (x if isinstance(x, dict) else dict.fromkeys(there if x is here else here, x) for x in (there, here))
+        name = next((name for name in b if a.get(name) != b[name]), next(iter(a)))
+        key, there, here = f"{key} of {name}", a.get(name), b.get(name)
+    return f"{key} {str(there)[:60]} there, {str(here)[:60]} here"

@@ -18,7 +18,7 @@ from minilora.helpdesk.pretraining import pretrain
 from minilora.injection import loraplus_groups
 from minilora.llama import Llama, LlamaConfig
 from minilora.losses import masked_cross_entropy
-from minilora.train import Log, learning_rate_factor, load_checkpoint, seed_everything, train
+from minilora.train import Log, learning_rate_factor, load_checkpoint, sealed, seed_everything, train, what_trains
 
 
 def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,12 +224,14 @@ def test_checkpoints_are_written_on_time_and_a_finished_run_is_left_alone(tmp_pa
             steps.append((step, len(load_checkpoint(path, opt.param_groups[0]["params"], opt, settings).loss)))
 
     settings = {"steps": 12, "lr": [1e-2], "warmup": 3, "schedule": "cosine", "weight_decay": 0.0, "clip": 1.0,
-                "seed": 0, "optimizer": "AdamW"}
+                "seed": 0, "optimizer": "AdamW", "loss": "masked_cross_entropy"}
+    settings |= what_trains(model, list(model.parameters()))
     run(model, checkpoint=path, every=5, on_step=look)
     assert steps == [(step, 5 if step < 10 else 10) for step in range(5, 12)]
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing else is left there
     before, after = path.read_bytes(), our_llama()
-    log = run(after, checkpoint=path)
+    with pytest.warns(UserWarning, match="run.safetensors holds all 12 steps of this run: nothing was left to do"):
+        log = run(after, checkpoint=path)
     assert len(log.loss) == 12 and equal(weights(after), weights(model)) and path.read_bytes() == before
 
 
@@ -313,14 +315,24 @@ def spoil_metadata(path, **changes):
     """The checkpoint at `path` with other metadata."""
     size = int.from_bytes(path.read_bytes()[:8], "little")
     metadata = json.loads(path.read_bytes()[8:8 + size])["__metadata__"] | changes
-    save_file(load_file(path), path, {k: v for k, v in metadata.items() if v is not None})
+    metadata = {k: v for k, v in metadata.items() if v is not None}
+    if {"run", "log"} <= metadata.keys():
+        metadata["sha256"] = sealed(load_file(path), metadata)
+    save_file(load_file(path), path, metadata)
 
 
 def spoil_tensors(path, change):
     size = int.from_bytes(path.read_bytes()[:8], "little")
     metadata, found = json.loads(path.read_bytes()[8:8 + size])["__metadata__"], load_file(path)
     change(found)
-    save_file(found, path, metadata)
+    save_file(found, path, metadata | {"sha256": sealed(found, metadata)})
+
+
+def flip_a_bit(path):
+    """In the last byte of what was saved."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("damage, said", [
@@ -331,7 +343,8 @@ def spoil_tensors(path, change):
     (lambda path: path.unlink() or path.mkdir(), "cannot be read: Is a directory"),
     (lambda path: save_file({"weight": torch.ones(3)}, path), DAMAGED + ": KeyError"),
     (lambda path: spoil_metadata(path, log=None), DAMAGED + ": KeyError.'log'"),
-    (lambda path: spoil_metadata(path, run="{"), DAMAGED),
+    (lambda path: spoil_metadata(path, run="{"), DAMAGED), (flip_a_bit, DAMAGED + ".*not those that were written"),
+    (lambda path: path.write_bytes(path.read_bytes().replace(b'\\"seed\\": 0', b'\\"seed\\": 1')), "bytes are not those"),
     (lambda path: spoil_metadata(path, run="[1]"), DAMAGED),
     (lambda path: spoil_metadata(path, log='{"speed": 3}'), DAMAGED),
     (lambda path: spoil_metadata(path, log='{"loss": 3}'), DAMAGED),
@@ -368,8 +381,58 @@ def test_the_checkpoint_of_another_run(settings, said, tmp_path):
     with pytest.raises(ValueError, match=f"is of another run .{said}.; delete it to start afresh"):
         run(model, checkpoint=path, **settings)
     assert equal(weights(model), weights(our_llama())) and path.read_bytes() == before
-    with pytest.raises(ValueError, match="is of a run that trains other parameters; delete it"):
+    with pytest.raises(ValueError, match="is of another run .targets: .*q_proj.* only here.*; delete it"):
         run(adapted(), checkpoint=path)
+
+
+def other_base() -> nn.Module:
+    torch.manual_seed(0)
+    model = our_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+    return inject(model, LoRAConfig(4, 8))
+
+
+@pytest.mark.parametrize("make, settings, said", [
+    (lambda: adapted(target_modules=("q_proj", "o_proj")), {},
+     "targets: .*q_proj.*|targets: model.layers.0.self_attn.v_proj, model.layers.1.self_attn.v_proj only there and "
+     "model.layers.0.self_attn.o_proj, model.layers.1.self_attn.o_proj only here"),
+    (lambda: adapted(use_rslora=True), {}, "scaling 2.0 there, 4.0 here, use_rslora False there, True here"),
+    (lambda: adapted(use_dora=True), {}, "method LoRALinear there, DoRA.* here|method .* there, .*DoRA.* here"),
+    (lambda: adapted(dropout=0.1), {}, "dropout 0.0 there, 0.1 here"),
+    (lambda: adapted(alpha_pattern={"model.layers.1.self_attn.q_proj": 64}), {},
+     "alpha of model.layers.1.self_attn.q_proj 8 there, 64 here, scaling of .* 2.0 there, 16.0 here"),
+    (other_base, {}, "frozen weights [0-9a-f]{12} there, [0-9a-f]{12} here"),
+    (adapted, {"batches": lambda step: data(step + 1)}, "other data: the batch of step 0 is not the one that it saw"),
+    (adapted, {"batches": lambda step: data(step if step < 2 else step + 1)}, "other data: the batch of step 2 is not"),
+    (adapted, {"loss": lambda *args: masked_cross_entropy(*args)}, "loss masked_cross_entropy there, <lambda> here"),
+], ids=str)
+@pytest.mark.parametrize("stop_at", [4, 12])
+def test_a_checkpoint_is_not_taken_for_another_runs(make, settings, said, stop_at, tmp_path):
+    """Neither a finished nor an unfinished one: each of these went on from it, or returned its weights, unnoticed."""
+    path, model = tmp_path / "run.safetensors", make()
+    run(adapted(), checkpoint=path, stop_at=stop_at)
+    before, start = path.read_bytes(), weights(model)
+    with pytest.raises(ValueError, match=f"is of another run .*({said}).*; delete it to start afresh") as error:
+        train(model, **({"batches": data, "steps": 12, "lr": 1e-2, "warmup": 3, "progress": False, "checkpoint": path}
+                        | settings))
+    assert len(str(error.value)) < 900 and "\n" not in str(error.value)
+    assert equal(weights(model), start) and path.read_bytes() == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init": "pissa"}, {"init": "lora_fa"}, {"init": "vera"}],
+                         ids=str)
+def test_every_variant_goes_on_bit_for_bit_and_knows_its_frozen_part(settings, tmp_path):
+    def make(seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        return inject(our_llama(), LoRAConfig(4, **settings))
+
+    whole, part, path = make(), make(), tmp_path / "run.safetensors"
+    log = run(whole)
+    run(part, checkpoint=path, stop_at=5)
+    resumed = make()
+    again = run(resumed, checkpoint=path)
+    assert numbers(again) == numbers(log) and equal(weights(resumed), weights(whole))
 
 
 # The log and the base
