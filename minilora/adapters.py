@@ -132,7 +132,11 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         if t.dtype not in DTYPES:
             raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values, expected finite floating-point numbers "
                              "of 16 bits or more")
-        if not all(part.float().isfinite().all() for part in t.flatten().split(2**22)):  # the file may be huge
+        if "lora_" in key and t.numel() > MOST_ENTRIES:
+            raise ValueError(f"{quoted(key)} in {path} has the shape {tuple(t.shape)}: no layer's factor is so large, "
+                             f"expected at most {MOST_ENTRIES:,} entries")
+        # as fp32, which an adapter is; a part at a time: a file may be huge
+        if not all(part.float().isfinite().all() for part in t.flatten().split(2**22)):
             raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values that are not all finite floating-point "
                              "numbers")
     return tensors, metadata.get(FINGERPRINT)
