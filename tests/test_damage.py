@@ -129,6 +129,7 @@ class Damage:
                 key.replace("base_model.", ""),
                 "",
                 "a\nb",
+                key.replace(".weight", ".other.weight"),
                 key.replace("model.0", "model.9"),
                 key.upper(),
             ]
