@@ -112,7 +112,11 @@ def read_adapter(folder: str | os.PathLike, only: Collection[str] = ()) -> Adapt
 
     def read() -> AdapterFile:
         config, (tensors, base) = read_config(folder, only), read_tensors(folder)
-        tensors = {usual_key(key): t for key, t in tensors.items()}
+        usual = {usual_key(key): key for key in tensors}
+        if twice := [key for key in tensors if usual[usual_key(key)] != key]:
+            other = usual[usual_key(twice[0])]
+            raise ValueError(f"{folder / WEIGHTS} holds {quoted(twice[0])} twice, as {quoted(other)} too")
+        tensors = {key: tensors[written] for key, written in usual.items()}
         if isinstance(config, LoRAConfig):
             config = as_tensors_say(config, read_settings(folder), tensors)
         return AdapterFile(folder, config, tensors, base)

@@ -257,6 +257,14 @@ def test_an_output_that_takes_nothing(redirected, code):
     assert done.stderr.count("\n") == (code == 2), done.stderr
 
 
+def test_a_tensor_under_two_names(tmp_path):
+    keys, folder = keys_of("up_proj", "linear"), adapter_of({"up_proj": [1.0]}, tmp_path, 2)
+    tensors = {keys["lora_A"]: torch.ones(2, 9), keys["lora_B"]: torch.ones(7, 2)}
+    save_file(tensors | {keys["lora_A"].replace(".weight", ".default.weight"): torch.zeros(2, 9)}, folder / WEIGHTS)
+    with pytest.raises(ValueError, match="up_proj.lora_A.*twice, as .*up_proj.lora_A"):
+        inspect_adapter(folder)
+
+
 def test_text_is_escaped_and_cut():
     assert (
         plain("q_proj é 模型") == "q_proj é 模型"

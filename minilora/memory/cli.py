@@ -65,7 +65,7 @@ def by_trace(options) -> None:
     from .fitting import FRAGMENTATION, WORKSPACE, Verdict
     from .traced_bill import estimate_by_trace  # imports torch
 
-    run, verdict = run_of(options), None
+    run, verdict = run_of(options, Training), None
     bill = estimate_by_trace(options.config, run)
     if options.card:
         card = Card.of(options.card)
