@@ -117,8 +117,11 @@ def adapter_options(base: nn.Module) -> dict:
 def execution_device(base: nn.Module) -> torch.device | int | str | None:
     """Where accelerate brings the weights of an offloaded layer when it computes; None if it does not look after it."""
     hook = base.__dict__.get("_hf_hook")
-    found = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", [hook])]
-    return next((device for device in found if device is not None), None)
+    for one in getattr(hook, "hooks", [hook]):  # a loop: torch.compile of 2.6 knows no next() with a default
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return device
+    return None
 
 
 def widest(t: Tensor) -> torch.dtype:
