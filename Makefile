@@ -27,7 +27,7 @@ test: .venv/.dev lint
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 
 release: .venv/.base
 	$(BIN)/python -m minilora.release notebooks release

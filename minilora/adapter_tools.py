@@ -28,7 +28,6 @@ from .tables import plain, quoted, table
 SHARE = 0.9  # of the energy, whose directions are counted
 LOSS = 0.05  # of the energy, that a truncation may cost for `inspect` to propose it
 OUTLIER = 3  # times the median norm of the modules of the same name in the other layers, or a third of it
-MOST_ENTRIES = 2**28  # of a factor: a vocabulary of a million at rank 256
 AT_ONCE = 2**22  # entries of factors that are decomposed together
 
 
@@ -68,9 +67,6 @@ def parts_of(adapter: AdapterFile) -> tuple[list[Part], dict[str, Tensor]]:
                 raise ValueError(f"{plain(name)} in {adapter.folder} has lora_A {tuple(A.shape)} and lora_B "
                                  f"{tuple(B.shape)}; its {CONFIG} says rank {rank}: expected ({rank}, in) and "
                                  f"(out, {rank})")
-            if max(A.numel(), B.numel()) > MOST_ENTRIES:
-                raise ValueError(f"{plain(name)} in {adapter.folder} has lora_A {tuple(A.shape)} and lora_B "
-                                 f"{tuple(B.shape)}: no layer is so large, expected at most {MOST_ENTRIES:,} entries")
             parts.append(Part(name, kind, B, A, config.alpha_of(name), config.scaling_of(name)))
     if unknown := [key for key in rest if "lora_" in key]:
         raise ValueError(f"the adapter in {adapter.folder} holds {quoted(unknown[0])}, which is no LoRA factor's name, "

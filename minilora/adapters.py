@@ -29,6 +29,7 @@ from .tables import quoted
 from .trained_copy import state_of
 
 CONFIG, WEIGHTS, FINGERPRINT = "adapter_config.json", "adapter_model.safetensors", "minilora.base"
+MOST_ENTRIES = 2**28  # of a LoRA factor: a vocabulary of a million at rank 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of what an adapter's file may hold
 
 
@@ -113,7 +114,11 @@ def read_adapter(folder: str | os.PathLike, only: Collection[str] = ()) -> Adapt
 
     def read() -> AdapterFile:
         config, (tensors, base) = read_config(folder, only), read_tensors(folder)
-        tensors = {usual_key(key): t for key, t in tensors.items()}
+        usual = {usual_key(key): key for key in tensors}
+        if twice := [key for key in tensors if usual[usual_key(key)] != key]:
+            other = usual[usual_key(twice[0])]
+            raise ValueError(f"{folder / WEIGHTS} holds {quoted(twice[0])} twice, as {quoted(other)} too")
+        tensors = {key: tensors[written] for key, written in usual.items()}
         if isinstance(config, LoRAConfig):
             config = as_tensors_say(config, read_settings(folder), tensors)
         return AdapterFile(folder, config, tensors, base)
@@ -131,9 +136,13 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     tensors, metadata = read_safetensors(path)
     for key, t in tensors.items():
         if t.dtype not in DTYPES:
-            raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values, expected finite floating-point numbers of "
-                             "16 bits or more")
-        if not all(part.isfinite().all() for part in t.flatten().split(2**22)):  # a part at a time: a file may be huge
+            raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values, expected finite floating-point numbers "
+                             "of 16 bits or more")
+        if "lora_" in key and t.numel() > MOST_ENTRIES:
+            raise ValueError(f"{quoted(key)} in {path} has the shape {tuple(t.shape)}: no layer's factor is so large, "
+                             f"expected at most {MOST_ENTRIES:,} entries")
+        # as fp32, which an adapter is; a part at a time: a file may be huge
+        if not all(part.float().isfinite().all() for part in t.flatten().split(2**22)):
             raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values that are not all finite floating-point "
                              "numbers")
     return tensors, metadata.get(FINGERPRINT)
@@ -148,7 +157,8 @@ def read_config(folder: Path, only: Collection[str] = ()) -> Any:
     path, values = folder / CONFIG, read_settings(folder)
     kind = values.get("peft_type", LoRALayer.peft_type)
     if only and kind not in only:
-        raise ValueError(f"{path}: is of peft_type {kind!r}; only {' or '.join(map(repr, only))} can be loaded here")
+        raise ValueError(f"{path}: is of peft_type {quoted(kind)}; "
+                         f"only {' or '.join(map(repr, only))} can be loaded here")
     try:
         return format_of(kind).read(values)
     except ValueError as e:
@@ -197,7 +207,7 @@ def misfits(have: dict[str, Tensor], expected: dict[str, tuple], model: nn.Modul
     wrong = [f"{key} is missing" for key in expected if key not in have]
     # PEFT may add a copy of an adapted embedding's own weight, which is fine as long as it is one
     base = {PREFIX + name: p for name, p in plain_parameters(model)}
-    wrong += [f"{key!r} has no place in the model" for key, t in have.items()
+    wrong += [f"{quoted(key)} has no place in the model" for key, t in have.items()
               if key not in expected and not is_copy(t, base.get(key.replace(".base_layer.", ".")))]
     return wrong + [f"{key} has shape {tuple(have[key].shape)}, the model needs {tuple(shape)}"
                     for key, shape in expected.items() if key in have and have[key].shape != shape]
@@ -218,7 +228,7 @@ def check_base(adapter: AdapterFile, model: nn.Module) -> None:
         return
     what = "weights" if adapter.base.split("-")[0] == here.split("-")[0] else "architecture"
     raise ValueError(f"the adapter in {adapter.folder} was trained on another base: other {what} (its base is "
-                     f"{adapter.base!r}, this model is {here!r}). To load it all the same: any_base=True")
+                     f"{quoted(adapter.base)}, this model is {here!r}). To load it all the same: any_base=True")
 
 
 def fingerprint(model: nn.Module) -> str:

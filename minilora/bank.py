@@ -275,7 +275,8 @@ class RoutedLayer(Wrapper):
             bias = getattr(self.base_layer, "bias", None)
             rows.add_(self.scale.to(y.dtype) * (rows if bias is None else rows - bias.to(y.dtype)))
         if self.kind == "embedding":
-            inner = (self.A[self.index[:, None], x.reshape(batch, -1, 1)] * output_scale(self.base_layer)).to(y.dtype)  # (batch, T, r)
+            inner = self.A[self.index[:, None], x.reshape(batch, -1, 1)] * output_scale(self.base_layer)  # (b, T, r)
+            inner = inner.to(y.dtype)
         else:
             inner = x.reshape(batch, -1, x.shape[-1]).to(y.dtype) @ self.A[self.index].to(y.dtype).mT  # (batch, T, r)
         rows.baddbmm_(inner, self.B[self.index].to(y.dtype))

@@ -4,6 +4,10 @@ One orientation everywhere: a weight is seen as (out, in), as `dense_weight` ret
 one-hot rows: in = rows, out = width.
 """
 
+import sys
+import warnings
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +23,7 @@ def kind_of(module: nn.Module) -> str | None:
     weight, forward = module._parameters.get("weight"), type(module).forward
     if weight is None or not torch.compiler.is_compiling() and foreign(weight):
         return None
-    if forward is nn.Linear.forward:
+    if forward is nn.Linear.forward or type(module).__name__ == "FalconLinear":  # a forward of its own, the same sum
         return "linear"
     if isinstance(module, nn.Embedding) and module.max_norm is None:
         scaled = "ScaledWordEmbedding" in type(module).__name__ and hasattr(module, "embed_scale")
@@ -62,8 +66,8 @@ def dense_4bit(layer: nn.Module) -> Tensor:
     if layer.weight.quant_state is None:
         raise ValueError("a Linear4bit of bitsandbytes is not quantised before .to(device)")
     if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-        raise ValueError("a Linear4bit of bitsandbytes that has run in eval mode on this CPU keeps its codes in another "
-                         "order, which cannot be read: call model.train() before its first forward")
+        raise ValueError("a Linear4bit of bitsandbytes that has run in eval mode on this CPU keeps its codes in "
+                         "another order, which cannot be read: call model.train() before its first forward")
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
@@ -120,3 +124,28 @@ def execution_device(base: nn.Module) -> torch.device | int | str | None:
 def widest(t: Tensor) -> torch.dtype:
     """fp64, or fp32 where the device has no fp64."""
     return torch.float32 if t.device.type == "mps" else torch.float64
+
+
+def weight_read(layer: nn.Module) -> None:
+    """A forward reads an adapted layer's weight. If by the end of the model's next forward nothing has called the layer
+    after such a read, say so once, by name: what is computed with that weight knows nothing of the adapter."""
+    frame, model = sys._getframe(2), None
+    caller = frame.f_code.co_qualname
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl":
+            model = frame.f_locals.get("self")  # in the end the outermost
+        frame = frame.f_back
+    if model is None:
+        return  # not in a forward: who only looks may look
+    layer.__dict__["read_and_not_called"] = True
+    if "watched" not in layer.__dict__:
+        layer.__dict__["watched"] = True
+        handles = []
+        handles.append(model.register_forward_hook(partial(say_if_not_called, layer, caller, handles)))
+
+
+def say_if_not_called(layer: nn.Module, caller: str, handles: list, *_) -> None:
+    handles.pop().remove()
+    if layer.__dict__.get("read_and_not_called") and not layer.merged:
+        warnings.warn(f"{layer.__dict__.get('name', 'a LoRA layer')}: {caller} reads its weight and does not call "
+                      "it, so its adapter does nothing there. Leave it out of target_modules, or merge", stacklevel=2)

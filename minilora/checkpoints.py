@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import require
+from .tables import plain, quoted
 
 CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -53,7 +54,7 @@ def parse_json(data: bytes, path: Path) -> dict:
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged or not a JSON file: {e}") from None
+        raise ValueError(f"{path} is damaged or not a JSON file: {plain(e, 300)}") from None
     require(isinstance(value, dict), f"{path} must hold an object", value)
     return value
 
@@ -74,7 +75,7 @@ def opened(path: Path, kind: str = "not a safetensors file", advice: str = "") -
         with safe_open(path, framework="pt") as f:
             yield f
     except Exception as e:  # the reader's errors have no common class: SafetensorError, OSError, KeyError, ...
-        raise ValueError(f"{path} is damaged or {kind}: {e!r}{advice}") from None
+        raise ValueError(f"{path} is damaged or {kind}: {quoted(e, 300)}{advice}") from None
 
 
 def read_safetensors(path: Path, **words: str) -> tuple[dict[str, Tensor], dict[str, str]]:

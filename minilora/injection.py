@@ -155,10 +155,11 @@ def report(model: nn.Module) -> Report:
     return Report(tuple(rows), sum(p.numel() for p in every if p.requires_grad), total, without_gradient(model))
 
 
-def without_gradient(model: nn.Module) -> tuple[str, ...]:
+def without_gradient(model: nn.Module, after_backward: bool = False) -> tuple[str, ...]:
     """The adapters that train and that the last backward pass did not reach: nothing that they are for calls them, or
-    (an expert) nothing was sent to them. Empty where no parameter has a gradient."""
-    if all(p.grad is None for p in model.parameters()):
+    (an expert) nothing was sent to them. Where no parameter has a gradient, none: there may have been no backward pass,
+    unless the caller knows better."""
+    if not after_backward and all(p.grad is None for p in model.parameters()):
         return ()
     own = {name: [p for p in m.own().values() if p.requires_grad] for name, m in plain_modules(model, seen=set())
            if isinstance(m, AdapterLayer)}
@@ -167,8 +168,9 @@ def without_gradient(model: nn.Module) -> tuple[str, ...]:
 
 def weights_in_codes(model: nn.Module) -> int:
     """How many weights quantised linears hold: no parameters, but weights all the same."""
-    return sum(m.in_features * m.out_features - getattr(m._parameters.get("weight"), "numel", int)() for m in model.modules()
-               if not isinstance(m, AdapterLayer) and quantised(m))
+    layers = [m for m in model.modules() if not isinstance(m, AdapterLayer) and quantised(m)]
+    packed = sum(m._parameters["weight"].numel() for m in layers if "weight" in m._parameters)  # bitsandbytes' codes
+    return sum(m.in_features * m.out_features for m in layers) - packed
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -10,8 +10,6 @@ In the shape comments N stands for all leading dimensions of the input (batch, t
 """
 
 import math
-import sys
-import warnings
 from functools import partial
 
 import torch
@@ -26,6 +24,7 @@ from .bases import (
     output_scale,
     quantised,
     shape_of,
+    weight_read,
     widest,
     words,
 )
@@ -255,7 +254,7 @@ class LoRALayer(Wrapper, AdapterLayer):
             return self.base_layer(x)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the compiler fuses the plain form by itself
             return self.plain(x)
-        self.__dict__["unused_reads"] = 0
+        self.__dict__["read_and_not_called"] = False
         frozen = not any(p is not None and p.requires_grad for p in self.base_layer._parameters.values())
         if self.kind == "embedding" or not self.fused or not frozen or execution_device(self.base_layer) is not None:
             return self.plain(x)
@@ -271,7 +270,8 @@ class LoRALayer(Wrapper, AdapterLayer):
         if self.kind != "embedding":
             return x @ A.T @ B.T
         scale = output_scale(self.base_layer)
-        return F.embedding(x, A.T, self.base_layer.padding_idx) @ B.T * (scale.to(B) if isinstance(scale, Tensor) else scale)
+        scale = scale.to(B) if isinstance(scale, Tensor) else scale
+        return F.embedding(x, A.T, self.base_layer.padding_idx) @ B.T * scale
 
     @classmethod
     def keys_of(cls, kind: str) -> dict[str, str]:
@@ -369,22 +369,6 @@ class LoRALayer(Wrapper, AdapterLayer):
 
 
 VARIANTS[LoRALayer.variant] = LoRALayer
-
-
-def weight_read(layer: LoRALayer) -> None:
-    """Say once, by name, if a forward reads an adapted layer's weight again and again and never calls the layer: what
-    it computes with that weight knows nothing of the adapter."""
-    frame = sys._getframe(2)
-    caller = frame.f_code.co_qualname
-    while frame is not None and frame.f_code.co_name != "_call_impl":
-        frame = frame.f_back
-    if frame is None:
-        return  # not in a forward: who only looks may look
-    layer.__dict__["unused_reads"] = reads = layer.__dict__.get("unused_reads", 0) + 1
-    if reads == 2:
-        name = layer.__dict__.get("name", "a LoRA layer")
-        warnings.warn(f"{name}: {caller} reads its weight and does not call it, so its adapter does nothing there. "
-                      "Leave it out of target_modules, or merge", stacklevel=3)
 
 
 def keep_mask(like: Tensor, dropout: float, seed: int) -> Tensor:

@@ -36,7 +36,7 @@ def note_of(folder: Path, config: str) -> Path:
 
 
 def write_pair(folder: Path, config: str, weights: str, text: bytes, save: Callable[[Path], object]) -> None:
-    """Replace the files of these names by `text` and by what `save` writes to a path, as one; make the folder if need be.
+    """Replace the files of these names by `text` and by what `save` writes to a path, as one; make the folder too.
 
     Other files in the folder, the folder itself and the links that lead to it stay. Writers of one folder take turns.
 
@@ -131,7 +131,7 @@ def read_pair(folder: Path, config: str, weights: str, read: Callable[[], T]) ->
 
 
 def identity(path: Path, held: ExitStack | None = None) -> tuple[int, int] | None:
-    """Device and number of a file, None if there is none; kept open in `held`, so that no other file gets its number."""
+    """Device and number of a file, None if there is none; kept open in `held`, so that no other gets its number."""
     with suppress(OSError):  # it may be there and closed to us
         if held is not None:
             number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from re import _constants as op
 from re import _parser
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .tables import quoted
 
@@ -74,7 +74,7 @@ class PatternTable(Generic[Value]):
                 raise ValueError(f"the pattern {quoted(pattern)} has {e}, which is not supported: it may cost more "
                                  "time than the length of a name") from None
 
-    def get(self, name: str, default=None):
+    def get(self, name: str, default: Any = None) -> Any:
         """The value of the first pattern that matches the whole name."""
         numbers = self.automaton.accepted(name) if self.values else ()
         return self.values[numbers[0]][1] if numbers else default

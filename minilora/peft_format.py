@@ -156,8 +156,8 @@ def by_names_here(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     names, here = modules_of(adapter.tensors, variants()[adapter.config.variant]), {n for n, _ in plain_modules(model)}
     if not names or any(name in here for name in names) or not (change := moved(names, here)):
         return adapter
-    warnings.warn(f"{adapter.folder} names its modules {change[0] or '(nothing)'}. ...; taken for {change[1] or '(nothing)'}. "
-                  "... of this model", stacklevel=4)
+    old, new = (name or "(nothing)" for name in change)
+    warnings.warn(f"{adapter.folder} names its modules {old}. ...; taken for {new}. ... of this model", stacklevel=4)
     tensors = {PREFIX + renamed(key.removeprefix(PREFIX), *change): t for key, t in adapter.tensors.items()}
     config = replace(adapter.config, target_modules=tuple(renamed(name, *change) for name in names), rank_pattern={
         f"^{re.escape(renamed(n, *change))}": adapter.config.rank_of(n) for n in names}, alpha_pattern={

@@ -125,14 +125,14 @@ def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig, not
         for name, m in modules.items():
             for key, p in m._parameters.items() if not isinstance(m, _ConvNd) else ():
                 if p is not None and p.dim() == 3 and min(p.shape) > 1:
-                    notes[f"{name}.{key}"] = (f"left frozen, a parameter of shape {tuple(p.shape)} (experts stacked?): adapters "
-                                              "go around modules")
+                    notes[f"{name}.{key}"] = (f"left frozen, a parameter of shape {tuple(p.shape)} (experts "
+                                              "stacked?): adapters go around modules")
     elif isinstance(wanted, str):
         meant = [name for name, m in modules.items() if config.matches(name) and (name in kinds or m._parameters)]
     else:
         for entry in dict.fromkeys(wanted):
             if not any(entry_matches(entry, name) for name in modules):
-                raise ValueError(f"target_modules: {entry!r} matches no module; {suggest(entry, kinds)}")
+                raise ValueError(f"target_modules: {quoted(entry)} matches no module; {suggest(entry, kinds)}")
         meant = [name for name in modules if config.matches(name)]
     for name in meant:
         if name not in kinds:
@@ -141,12 +141,12 @@ def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig, not
             notes[name] = f"left out, a {type(modules[name]).__name__}: {why}"
             if not isinstance(wanted, str):
                 entry = next(entry for entry in wanted if entry_matches(entry, name))
-                raise ValueError(f"target_modules: {entry!r} matches {name}, a {type(modules[name]).__name__}, which "
-                                 f"cannot be adapted: {why}")
+                raise ValueError(f"target_modules: {quoted(entry)} matches {name}, a "
+                                 f"{type(modules[name]).__name__}, which cannot be adapted: {why}")
     found, odd = [name for name in meant if name in kinds], next(iter(notes.items()), None)
     if not found:
-        what = (f"{wanted!r}: the model has no linear layer besides its head" if wanted == ALL_LINEAR else
-                f"the regular expression {wanted!r} matches no whole name of a module that can be adapted; "
+        what = (f"{quoted(wanted)}: the model has no linear layer besides its head" if wanted == ALL_LINEAR else
+                f"the regular expression {quoted(wanted)} matches no whole name of a module that can be adapted; "
                 f"{suggest(wanted, kinds)}")
         raise ValueError(f"target_modules{' ' if wanted == ALL_LINEAR else ': '}{what}"
                          + (f" ({': '.join(odd)})" if odd else ""))
@@ -158,7 +158,7 @@ def trained_whole(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     modules = dict(plain_modules(model, seen=set())) if config.modules_to_save else {}
     for entry in config.modules_to_save:
         if not any(entry_matches(entry, name) for name in modules):
-            raise ValueError(f"modules_to_save: {entry!r} matches no module; {suggest(entry, modules)}")
+            raise ValueError(f"modules_to_save: {quoted(entry)} matches no module; {suggest(entry, modules)}")
     found = {name: m for name, m in modules.items()
              if any(entry_matches(entry, name) for entry in config.modules_to_save)}
     return {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}

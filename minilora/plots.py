@@ -6,7 +6,7 @@ Read in greyscale as well as in colour: series differ in shade, dash and marker;
 import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -24,8 +24,9 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "x")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "++", "--")
 
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-         "legend.frameon": False, "lines.markersize": 5}
+STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+              "grid.alpha": 0.3,
+              "legend.frameon": False, "lines.markersize": 5}
 
 
 def styled(draw: Callable) -> Callable:
@@ -58,8 +59,8 @@ def canvas(title: str, xlabel: str = "", ylabel: str = "", width: float = 6.4, h
 
 
 @styled
-def lines(x: Sequence, series: Mapping[str, Sequence], *, title: str, xlabel: str, ylabel: str, logx: bool = False,
-          logy: bool = False, dots: Sequence[str] = (), limit: tuple[str, float] | None = None,
+def lines(x: Sequence | Mapping[str, Sequence], series: Mapping[str, Sequence], *, title: str, xlabel: str, ylabel: str,
+          logx: bool = False, logy: bool = False, dots: Sequence[str] = (), limit: tuple[str, float] | None = None,
           bands: Mapping[str, tuple[Sequence, Sequence]] = {}) -> Figure:
     """Curves over a common x.
 
@@ -136,7 +137,8 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence], *, title: str, y
 
 
 @styled
-def grid(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, title: str, xlabel: str,
+def grid(values: Sequence[Sequence[float]] | np.ndarray, rows: Sequence[str], columns: Sequence[str], *,
+         title: str, xlabel: str,
          ylabel: str, unit: str, form: str = "{:.0f}") -> Figure:
     """A table of numbers as shaded cells, each with its number written in it."""
     values = np.asarray(values, dtype=float)
@@ -170,7 +172,7 @@ def bills(bills: Mapping[str, "Bill"], *, title: str = "What a training step hol
     if limit:
         axes.axhline(limit[1] / GIB, color="#111111", linewidth=1, linestyle=":", label=limit[0])
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return fig, "; ".join(f"{name}: {bill.peak / GIB:.1f} GiB, most of it {max(bill.parts, key=bill.parts.get)}"
+    return fig, "; ".join(f"{name}: {bill.peak / GIB:.1f} GiB, most of it {max(bill.parts, key=bill.parts.__getitem__)}"
                           for name, bill in bills.items())
 
 
@@ -217,7 +219,7 @@ def fit_grid(verdicts: Mapping[str, Mapping[str, "Verdict"]], *, title: str,
 
 
 @styled
-def levels(values: Sequence[float], kinds: Mapping[str, Sequence[float]], *, title: str, xlabel: str,
+def levels(values: Sequence[float] | np.ndarray, kinds: Mapping[str, Sequence[float]], *, title: str, xlabel: str,
            within: float = 0.5) -> tuple[Figure, str]:
     """A histogram of weights over their block's absmax, over the levels of each kind.
 
@@ -293,6 +295,6 @@ def tradeoff(sizes: Mapping[str, int], quality: Mapping[str, Mapping[str, float]
     panels[0].set_ylabel(ylabel)
     panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     fig.suptitle(title, y=1.02)
-    order = {task: sorted(values, key=values.get, reverse=True) for task, values in quality.items()}
+    order = {task: sorted(values, key=values.__getitem__, reverse=True) for task, values in quality.items()}
     return fig, " ".join(f"{task}, from the best: {'; '.join(f'{n}: {quality[task][n]:.1f}' for n in names)}."
                          for task, names in order.items())

@@ -7,7 +7,7 @@ are read where they are. Only a checkout is ever written to: an installed packag
 from importlib.resources import files
 from pathlib import Path
 
-PACKAGE = Path(str(files(__package__)))
+PACKAGE = Path(str(files("minilora")))
 CHECKOUT = None if (PACKAGE / "data").is_dir() else PACKAGE.parent  # None: installed from a wheel
 
 

@@ -105,8 +105,8 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
 
     Raises:
         ValueError: nothing to train, a setting out of range, a loss or gradient that is not finite (the weights are
-            then those of the step before), a checkpoint that is damaged or of another run, with the difference named, or
-            a batch of fewer rows than parts.
+            then those of the step before), a checkpoint that is damaged or of another run, with the difference
+            named, or a batch of fewer rows than parts.
         SystemExit: another process of the run is gone: see `distributed.ending_as_one`.
     """
     check_name("schedule", schedule, SCHEDULES)
@@ -129,7 +129,8 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
     rank, processes = distributed.init(parallel)
     net, saved = model, 0
     run = {"steps": steps, "lr": peaks, "warmup": warmup, "schedule": schedule, "weight_decay": weight_decay,
-           "clip": clip, "seed": seed, "optimizer": optimizer.__name__, "loss": getattr(loss, "__qualname__", repr(loss))}
+           "clip": clip, "seed": seed, "optimizer": optimizer.__name__,
+           "loss": getattr(loss, "__qualname__", repr(loss))}
     if checkpoint is not None:
         run |= what_trains(model, trained)
 
@@ -174,7 +175,7 @@ def train(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], *, 
                     part = loss(net, *rows, counted)
                     (part * processes).backward()  # gradients are averaged over the processes
                     total = total + part.detach()
-            if step == starts[0] and rank == 0 and (dead := without_gradient(net)):
+            if step == starts[0] and rank == 0 and (dead := without_gradient(net, after_backward=True)):
                 warnings.warn(f"no gradient reaches the adapters at {', '.join(dead[:5])}{', ...' * (len(dead) > 5)}: "
                               "they will stay as they started", stacklevel=2)
             total = distributed.gathered(total).sum()
@@ -305,7 +306,8 @@ def difference(key: str, there: Any, here: Any) -> str:
     """One difference between two runs, in a few words."""
     if isinstance(there, list) and isinstance(here, list) and all(isinstance(x, str) for x in there + here):
         only = {"there": [x for x in there if x not in here], "here": [x for x in here if x not in there]}
-        said = [f"{', '.join(names[:3])}{', ...' * (len(names) > 3)} only {where}" for where, names in only.items() if names]
+        said = [f"{', '.join(names[:3])}{', ...' * (len(names) > 3)} only {where}"
+                for where, names in only.items() if names]
         return f"{key}: {' and '.join(said) or 'in another order'}"
     if isinstance(there, dict) or isinstance(here, dict):  # by module, on one side at least
         a, b = (x if isinstance(x, dict) else dict.fromkeys(there if x is here else here, x) for x in (there, here))

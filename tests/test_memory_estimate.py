@@ -29,7 +29,8 @@ METHODS = {"full": {"method": "full"}, "LoRA q v": {"target_modules": QV}, "LoRA
 def traced(config, run: Training) -> int:
     with fake():
         step = training_step(config, run.method, run.rank, run.target_modules or ALL, run.batch, run.seq, run.optimizer,
-                             run.dtype, run.autocast, run.checkpointing, run.dropout)
+                             run.dtype, run.autocast, run.checkpointing, run.dropout, loss=run.loss,
+                             adapter_dtype=run.adapter_dtype, upcast=run.upcast)
         step()  # makes the optimizer's state, unwatched: that is quicker than `measure`
     with trace() as t:
         step()

@@ -35,3 +35,17 @@ def test_closed_form_is_the_trace(family, mode, method, rows, checkpointing):
     run = Training(rank=4, stack="transformers", checkpointing=checkpointing, **MODES[mode], **METHODS[method],
                    **ROWS[rows])
     assert estimate(ModelSpec.from_config(config.to_dict()), run).peak == traced(config, run)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", ["full", "LoRA"])
+@pytest.mark.parametrize("seq, checkpointing", [(60, True), (8, False)])
+def test_trl_s_loss_is_the_trace_of_it(mode, method, seq, checkpointing):
+    """With tiles that outweigh the rest, and with layers that do; adapters in bf16 beside a bf16 base."""
+    sizes = SIZES | ({"vocab_size": 40_000} if seq == 60 else {"hidden_size": 1024, "intermediate_size": 8192,
+                                                               "vocab_size": 40})
+    config = AutoConfig.for_model("llama", **sizes)
+    run = Training(rank=4, stack="trl", loss="chunked", checkpointing=checkpointing, batch=2, seq=seq,
+                   optimizer="adamw_fused", adapter_dtype="bfloat16" if mode == "bf16" else "float32",
+                   **MODES[mode], **METHODS[method])
+    assert estimate(ModelSpec.from_config(config.to_dict()), run).peak == traced(config, run)

@@ -9,6 +9,7 @@ from minilora import plots
 from minilora.__main__ import main
 from minilora.memory import Card, ModelSpec, Training, estimate, fit
 from minilora.memory.bill import timeline
+from minilora.memory.cards import CARDS
 from minilora.memory.fitting import CLOSE, FITS, NOT, Verdict, fewest_cards, judge, largest
 
 SPEC, RUN = ModelSpec.preset("llama-3.2-1b"), Training(target_modules="all-linear", rank=8, seq=1024)
@@ -67,7 +68,7 @@ def test_175b_on_a_consumer_card():
 
 def test_every_card_is_judged():
     found = fit(SPEC, RUN)
-    assert len(found.verdicts) == 19 and found.batch is None
+    assert len(found.verdicts) == len(CARDS) and found.batch is None
     order = {FITS: 0, CLOSE: 1, NOT: 2}
     answers = [order[v.answer] for v in sorted(found.verdicts, key=lambda v: v.usable, reverse=True)]
     assert answers == sorted(answers)

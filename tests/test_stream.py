@@ -611,7 +611,7 @@ def test_a_budget_below_what_a_process_takes_is_refused(folder, capsys):
     for budget in ("1MiB", "3MiB", "10MiB", "30MiB"):
         assert main([*line, budget]) == 2
         said = capsys.readouterr().err
-        assert "and a process on the CPU 32.00 MiB for itself: more than the budget of" in said and said.count("\n") == 1
+        assert "and a process on the CPU 32.00 MiB for itself: more than the budget" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("device", ["", "quark", "meta", "gpu", "cpu:0", "cuda:-1", "cuda:x"])
@@ -642,7 +642,7 @@ def test_one_builder_at_a_time(folder, tmp_path):
     with weight_store.builder_of(tmp_path):
         with pytest.raises(ValueError, match="another process is building a store in .*: wait for it, or name another"):
             build_store(folder / "model", tmp_path)
-        code = f"from minilora.weight_store import build_store; build_store({str(folder / 'model')!r}, {str(tmp_path)!r})"
+        code = f"from minilora.weight_store import build_store as b; b({str(folder / 'model')!r}, {str(tmp_path)!r})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode != 0 and "another process is building" in done.stderr
     assert not list(tmp_path.iterdir())

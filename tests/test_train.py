@@ -406,7 +406,7 @@ def other_base() -> nn.Module:
     (adapted, {"batches": lambda step: data(step + 1)}, "other data: the batch of step 0 is not the one that it saw"),
     (adapted, {"batches": lambda step: data(step if step < 2 else step + 1)}, "other data: the batch of step 2 is not"),
     (adapted, {"loss": lambda *args: masked_cross_entropy(*args)}, "loss masked_cross_entropy there, <lambda> here"),
-], ids=str)
+])
 @pytest.mark.parametrize("stop_at", [4, 12])
 def test_a_checkpoint_is_not_taken_for_another_runs(make, settings, said, stop_at, tmp_path):
     """Neither a finished nor an unfinished one: each of these went on from it, or returned its weights, unnoticed."""

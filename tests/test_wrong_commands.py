@@ -25,15 +25,27 @@ NO_TARGETS = ["nothing", "(", r"(q_proj)\1", "q_proj,nothing", ESCAPE, LONG, "(?
 
 # option -> values that are wrong wherever it stands; an integer or float is known by its type
 WRONG = {
-    "--plot": ["nothing/x.png", "x.foo", "file/x.png", LONG + ".png"], "--device": NO_DEVICE, "--budget": NO_SIZE,
-    "--targets": NO_TARGETS, "--config": NO_FOLDER, "--out": [], "--store": [],
+    "--plot": ["nothing/x.png", "x.foo", "file/x.png", LONG + ".png"],
+    "--device": NO_DEVICE,
+    "--budget": NO_SIZE,
+    "--targets": NO_TARGETS,
+    "--config": NO_FOLDER,
+    "--out": [],
+    "--store": [],
 }
 # command -> the right line that a wrong word is put into
 RIGHT = {
-    "inspect": ["inspect", "a"], "truncate": ["truncate", "a", "o", "--rank", "2"],
-    "extract": ["extract", "base", "tuned", "o", "--rank", "2"], "memory": ["memory", "--model", "gpt2"],
-    "fit": ["fit", "--card", "t4", "--model", "gpt2"], "claims": ["claims"], "models": ["models"], "cards": ["cards"],
-    "wire": ["wire"], "stream": ["stream", "--plan", "--model", "qwen2.5-0.5b"], "trace": ["trace", "--config", "hf"],
+    "inspect": ["inspect", "a"],
+    "truncate": ["truncate", "a", "o", "--rank", "2"],
+    "extract": ["extract", "base", "tuned", "o", "--rank", "2"],
+    "memory": ["memory", "--model", "gpt2"],
+    "fit": ["fit", "--card", "t4", "--model", "gpt2"],
+    "claims": ["claims"],
+    "models": ["models"],
+    "cards": ["cards"],
+    "wire": ["wire"],
+    "stream": ["stream", "--plan", "--model", "qwen2.5-0.5b"],
+    "trace": ["trace", "--config", "hf"],
 }
 FITS = {("memory", "--prompt"), ("memory", "--new"), ("memory", "--adapters")}  # options of --serve
 
@@ -66,8 +78,12 @@ def lines_of(command: str) -> list[list[str]]:
     """The right line with one wrong word, and some with two."""
     right, wrong = RIGHT[command], [word for option in options_of(command) for word in wrong_values(option)]
     name = next((word for word in right if word.startswith("--")), None)
-    lines = [[*right, "--serve", word] if (command, word.split("=")[0]) in FITS else
-             [*without(right, word.split("=")[0]), word] for word in wrong]
+    lines = [
+        [*right, "--serve", word]
+        if (command, word.split("=")[0]) in FITS
+        else [*without(right, word.split("=")[0]), word]
+        for word in wrong
+    ]
     lines += [[*right, word] for word in ("--bogus", "-q", "surplus", ESCAPE, LONG, "--bogus=" + LONG, "--=", "-")]
     lines += [right[:i] for i in range(1, len(right)) if name]  # something is missing
     lines += [[*right, option.option_strings[0]] for option in options_of(command) if option.nargs != 0]  # no value
@@ -93,7 +109,12 @@ def world(tmp_path_factory) -> Path:
     small.hf_llama().config.save_pretrained(path / "hf")
     (path / "file").write_text("x")
     (path / "loop").symlink_to("loop")
-    for name, text in (("empty", None), ("damaged", '{"model_type": "llama", '), ("list", "[1]"), ("deep", "[" * 100_000)):
+    for name, text in (
+        ("empty", None),
+        ("damaged", '{"model_type": "llama", '),
+        ("list", "[1]"),
+        ("deep", "[" * 100_000),
+    ):
         (path / name).mkdir()
         if text is not None:
             (path / name / "config.json").write_text(text)
@@ -114,12 +135,29 @@ def test_a_wrong_line_is_one_line(command, world, monkeypatch, capsys):
             code = f"{type(e).__name__}: {e}"[:300]
         out, err = capsys.readouterr()
         said = err.splitlines()
-        if not (code == 2 and out == "" and len(said) == 1 and said[0].isprintable() and len(said[0]) < 700
-                and said[0].startswith(f"minilora {command}: ") and time.process_time() - start < 20):
+        if not (
+            code == 2
+            and out == ""
+            and len(said) == 1
+            and said[0].isprintable()
+            and len(said[0]) < 700
+            and said[0].startswith(f"minilora {command}: ")
+            and time.process_time() - start < 20
+        ):
             failed.append(([word[:60] for word in line], code, out[:100], err[-300:], time.process_time() - start))
     assert not failed, f"{len(failed)} of {len(lines)}:\n" + "\n".join(map(str, failed))
     assert listing(world) == before and {p.name for p in world.iterdir()} == {
-        "a", "base", "tuned", "hf", "file", "loop", "empty", "damaged", "list", "deep"}
+        "a",
+        "base",
+        "tuned",
+        "hf",
+        "file",
+        "loop",
+        "empty",
+        "damaged",
+        "list",
+        "deep",
+    }
 
 
 def test_there_are_700():

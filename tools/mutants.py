@@ -122,7 +122,7 @@ MUTANTS = [
            "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
     Mutant("one layer too few", "llama.py", "for i, block in enumerate(self.layers):",
            "for i, block in enumerate(self.layers[:-1]):"),
-    Mutant("RoPE's exponent is half of what it is", "llama.py", "freq = 1.0 / config.rope_theta ** half",
+    Mutant("RoPE's exponent is half of what it is", "rotary.py", "freq = 1.0 / config.rope_theta ** half",
            "freq = 1.0 / config.rope_theta ** (half / 2)"),
     Mutant("a, the word, begins a code when it is decoded", "helpdesk/tokens.py", "[b-hj-z])$", "[a-hj-z])$"),
     Mutant("x A^T is not made again in the plan's backward", "memory/linears.py",

@@ -1,10 +1,10 @@
 """Writes what the notebooks already say into the pages that gather it: ``python tools/pages.py``.
 
-README.md gets the ten lines of examples/ten_lines.py, two of the figures, an answer of the memory calculator and the map
-of the notebooks; docs/CALCULATOR.md how far such answers are off and what was measured on a card; docs/PUBLISHED.md the
-calculator's answers beside published measurements; docs/CLAIMS.md the ledger of claims; notebooks/TEACHING.md the
-misconception behind each wrong answer to a prediction. A generated part stands between ``<!-- NAME -->`` and
-``<!-- /NAME -->``; nobody types there. A test holds the pages against the notebooks.
+README.md gets the ten lines of examples/ten_lines.py, two of the figures, an answer of the memory calculator and the
+map of the notebooks; docs/CALCULATOR.md how far such answers are off and what was measured on a card;
+docs/PUBLISHED.md the calculator's answers beside published measurements; docs/CLAIMS.md the ledger of claims;
+notebooks/TEACHING.md the misconception behind each wrong answer to a prediction. A generated part stands between
+``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types there. A test holds the pages against the notebooks.
 """
 
 import base64

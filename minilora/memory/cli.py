@@ -6,12 +6,15 @@ import textwrap
 import warnings
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TypeVar
 
 from ..config import ALL_LINEAR
 from ..tables import bytes_text, table
 from .bill import estimate
-from .models import PRESETS, ModelSpec
+from .cards import Card
+from .config_file import read_config
+from .models import FAMILIES, PRESETS, ModelSpec
 from .run import KNOWN, METHODS, Serving, Training
 from .stacks import STACKS
 
@@ -31,6 +34,8 @@ def memory_command(parser, arguments: list[str]) -> None:
         if field.name not in Training.__dataclass_fields__:
             add_option(serving, field)
     options = parser.parse_args(arguments)
+    if options.config and not options.serve and not has_closed_form(options):
+        return by_trace(options)
     spec = spec_of(options)
     run = run_of(options, Serving if options.serve else Training, stored_as(spec))
     bill = estimate(spec, run)
@@ -47,6 +52,29 @@ def memory_command(parser, arguments: list[str]) -> None:
     if verdict and not options.serve:
         more += [filled(line) for line in turning_points(bill, options.card)]
     print(filled(run.assumptions()), bill.text(bars=sys.stdout.isatty()), *more, sep="\n\n")
+
+
+def has_closed_form(options) -> bool:
+    """Whether the config's family is known; what is wrong with the file is said elsewhere."""
+    kind = options.family or read_config(Path(options.config))[0].get("model_type")
+    return not isinstance(kind, str) or kind in FAMILIES or not kind
+
+
+def by_trace(options) -> None:
+    """The answer for an architecture without a closed form."""
+    from .fitting import FRAGMENTATION, WORKSPACE, Verdict
+    from .traced_bill import estimate_by_trace  # imports torch
+
+    run, verdict = run_of(options, Training), None
+    bill = estimate_by_trace(options.config, run)
+    if options.card:
+        card = Card.of(options.card)
+        verdict = Verdict(card, (bill.peak, int(bill.peak * FRAGMENTATION) + WORKSPACE + bill.scratch), card.usable)
+    if options.json:
+        print(json.dumps({"assumptions": run.assumptions()} | bill.to_dict()
+                         | ({"card": verdict.to_dict()} if verdict else {}), indent=2))
+    else:
+        print(filled(run.assumptions()), bill, *[verdict] * bool(verdict), sep="\n\n")
 
 
 def fit_command(parser, arguments: list[str]) -> None:
@@ -179,7 +207,9 @@ def add_option(parser, field) -> None:
 def spec_of(options) -> ModelSpec:
     if options.family is not None and options.model is not None:
         raise ValueError("--family goes with --config: the family of a known model is known")
-    return ModelSpec.preset(options.model) if options.model is not None else ModelSpec.from_config(options.config, options.family)
+    if options.model is not None:
+        return ModelSpec.preset(options.model)
+    return ModelSpec.from_config(options.config, options.family)
 
 
 def stored_as(spec: ModelSpec) -> dict:
@@ -192,9 +222,8 @@ def run_of(options, kind: type[R], of_base: dict | None = None) -> R:
     targets = options.targets
     if targets and targets != ALL_LINEAR and not set(targets) & set("*+?|()[]{}\\^$"):
         targets = tuple(target.strip() for target in targets.split(","))
-    given = ({"target_modules": targets} if targets else {}) | {f.name: getattr(options, f.name)
-             for f in fields(Training) + fields(Serving)
-                                           if hasattr(options, f.name)}
+    given = {f.name: getattr(options, f.name) for f in fields(Training) + fields(Serving) if hasattr(options, f.name)}
+    given |= {"target_modules": targets} if targets else {}
     if stray := [name for name in given if name not in kind.__dataclass_fields__]:
         raise ValueError(f"--{stray[0].replace('_', '-')} goes " + ("with --serve" if kind is Training else
                          "with training, not with --serve"))

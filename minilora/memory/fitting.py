@@ -157,7 +157,7 @@ def turning_points(bill: Bill, card: Card | str) -> list[str]:
     """The settings that by themselves change the verdict, and to what."""
     now, found = judge(bill, card).answer, []
     for what, change in OFTEN_OTHERWISE.items():
-        if changed := change(bill.run):
+        if changed := change(bill.run):  # pyright: ignore[reportArgumentType]
             then = judge(priced(bill.spec, replace(bill.run, **changed)), card)
             if then.answer != now:
                 found.append(f"{what}: {then.answer} ({bytes_text(then.need[0])} to {bytes_text(then.need[1])})")
@@ -240,7 +240,7 @@ CHANGES: dict[str, Callable[[Training], dict]] = {
     "plain SGD": lambda r: {"optimizer": "sgd"},
     "weights in 16 bits": lambda r: {"dtype": "bfloat16", "autocast": False} if r.dtype == "float32" else {},
     "fused attention": lambda r: {"attention": "fused"},
-    "the loss in chunks": lambda r: {"loss": "chunked"} if r.loss == "whole" else {},
+    "the loss in chunks": lambda r: {"loss": "chunked"} if r.loss == "whole" and r.software.peft else {},
     "our decoder and adapters": lambda r: OURS if r.stack != "minilora" else {},
     "share it all out over 2 cards (ZeRO-3)": lambda r: {"cards": 2 * r.cards, "zero": 3},
     "stream the base from the host, layer by layer": lambda r: STREAMED if r.method != "full" else {},

@@ -34,7 +34,7 @@ def chunked(ops: Ops, y: Tensor, head: Tensor, labels: Tensor, vocab: int) -> Te
     rows, hidden = labels.count, head.count // vocab
     chosen = ops.new(rows, 1, "mask of labels")
     view = ops.slice(y, rows * hidden)
-    x = gathered_rows(ops, view, rows)  # N C
+    x = gathered_rows(ops, view, chosen, rows)  # N C
     targets = ops.new(rows, 8, "targets")
     width = ops.amp_width(x)
     tile = min(rows, TRL_TOKENS) * TRL_WORDS, width
@@ -64,18 +64,19 @@ def chunked(ops: Ops, y: Tensor, head: Tensor, labels: Tensor, vocab: int) -> Te
     out.node = node
     ops.keep(node, [x, head, targets, log_sum, entropy])
     del sums, logits
-    placed = ops.unary(out, "in their places", backward=("gradient",))
-    del chosen
-    return ops.unary(placed, "loss", count=1)
+    del chosen, entropy, log_sum
+    placed = ops.unary(out, "in their places")
+    total = ops.unary(placed, "sum", count=1, backward=())
+    return ops.unary(total, "loss")
 
 
-def gathered_rows(ops: Ops, x: Tensor, rows: int) -> Tensor:
-    """``x[mask]``: a copy, and the places of its rows."""
+def gathered_rows(ops: Ops, x: Tensor, mask: Tensor, rows: int) -> Tensor:
+    """``x[mask]``, all rows being chosen: a copy; the places of its rows are there in between."""
     count, width = x.count, x.width
-    node = ops.node("rows by mask", [x], [], lambda s, g, n: [ops.new(count, width, "gradient of all rows")], late=True)
+    node = ops.node("rows by mask", [x], [mask], lambda s, g, n: [ops.new(count, width, "gradient of all rows")])
     places = ops.new(2 * rows, 8, "places of rows")
     out = ops.new(count, width, "rows", node=node)
-    ops.keep(node, [places])
+    del places
     return out
 
 

@@ -132,6 +132,7 @@ class Families(MutableMapping[str, Family]):
     """model_type -> family: those in files of `decoders/`, each read when it is first asked for, and any set here."""
 
     no_family = ("decoder", "hugging_face", "minilora")  # files that families share
+    unlisted = ("mixtral_until_4",)  # no config.json calls itself so
 
     def __init__(self):
         self.read: dict[str, Family] = {}
@@ -156,7 +157,7 @@ class Families(MutableMapping[str, Family]):
         return kind in self.read or kind in self.files
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self.files, *self.read)))
+        return iter(name for name in dict.fromkeys((*self.files, *self.read)) if name not in self.unlisted)
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -261,7 +262,7 @@ class ModelSpec:
         linears = self.linears()
         if wanted == ALL_LINEAR:
             return linears
-        config = LoRAConfig(target_modules=wanted or self.layout.targets)
+        config = LoRAConfig(target_modules=wanted or self.layout.targets)  # pyright: ignore[reportArgumentType]
         short = [m.name.rpartition(".")[2] for m in linears]
         for entry in [wanted] if isinstance(wanted, str) else config.target_modules:
             one = LoRAConfig(target_modules=entry if isinstance(wanted, str) else (entry,))
@@ -307,7 +308,8 @@ class ModelSpec:
             raise ValueError(unknown_family(kind, config, name))
         experts = None if FAMILIES[kind].experts else next((field for field in EXPERTS if config.get(field)), None)
         if experts:
-            raise ValueError(f"{name}: {experts} is {quoted(config[experts])}; layers of several experts are not priced")
+            raise ValueError(f"{name}: {experts} is {quoted(config[experts])}; layers of several experts are not "
+                             "priced")
         sizes = FAMILIES[kind].read(Fields(config, name, kind, FAMILIES[kind].names))
         sizes |= read_quantisation(config.get("quantization_config"), name)
         return cls(name=plain(config.get("_name_or_path") or name, 80), family=kind, **sizes)
@@ -325,11 +327,13 @@ def read_quantisation(config: object, name: str) -> dict[str, Any]:
     if method == "gptq" and config.get("bits") == 4:
         group = config.get("group_size", -1)
         if type(group) is not int or group < -1 or not group:
-            raise ValueError(f"{name}: quantization_config's group_size must be -1 or a positive integer, got {quoted(group)}")
+            raise ValueError(f"{name}: quantization_config's group_size must be -1 or a positive integer, got "
+                             f"{quoted(group)}")
         return {"quantised": "gptq", "group": max(group, 0)}
     bits = f" in {config.get('bits') or ('8' if config.get('load_in_8bit') else 'unknown')} bits"
-    raise ValueError(f"{name}: its weights are stored as {plain(method or 'quantization_config', 80)}{plain(bits, 80)}, which is not priced; "
-                     "priced are bitsandbytes in 4 bits, gptq in 4 bits, and weights in 16 or 32")
+    stored = plain(method or "quantization_config", 80) + plain(bits, 80)
+    raise ValueError(f"{name}: its weights are stored as {stored}, which is not priced; priced are "
+                     "bitsandbytes in 4 bits, gptq in 4 bits, and weights in 16 or 32")
 
 
 def unknown_family(kind: object, config: Mapping, name: str) -> str:

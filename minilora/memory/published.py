@@ -127,13 +127,10 @@ def summary(rows: list[Measured]) -> list[tuple[str, ...]]:
         for several in (False, True):
             off = [m.predicted / m.peak - 1 for m in rows if not m.left_out and (m.run.cards > 1) == several
                    and kind == (m.run.quantisation if m.run.method == "qlora" else m.run.method)]
-            lines.append((f"{name}, {'2 and 4 cards, FSDP' if several else '1 card'}", str(len(off)),
-                          f"{mean(off):.2%}",
-                          f"{min(off):+.2%}", f"{max(off):+.2%}"))
-    off = [m.predicted / m.peak - 1 for m in rows if not m.left_out]
-    return [*lines, ("all", str(len(off)), f"{mean(off):.2%}", f"{min(off):+.2%}", f"{max(off):+.2%}")]
+            lines.append((f"{name}, {'2 and 4 cards, FSDP' if several else '1 card'}", *spread(off)))
+    return [*lines, ("all", *spread([m.predicted / m.peak - 1 for m in rows if not m.left_out]))]
 
 
-def mean(off: list[float]) -> float:
-    """Of the sizes."""
-    return sum(map(abs, off)) / len(off)
+def spread(off: list[float]) -> tuple[str, ...]:
+    """How many, the mean of their sizes, the lowest and the highest."""
+    return str(len(off)), f"{sum(map(abs, off)) / len(off):.2%}", f"{min(off):+.2%}", f"{max(off):+.2%}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..config import is_number
 from .config_file import suggest
@@ -22,8 +22,8 @@ QUANTISATIONS = ("nf4", "gptq")
 KNOWN = {"method": METHODS, "optimizer": OPTIMIZERS, "dtype": WIDTH, "stack": STACKS, "attention": ATTENTION,
          "base": BASES, "zero": (0, 1, 2, 3), "loss": LOSSES, "upcast": UPCASTS, "kernels": KERNELS,
          "adapter_dtype": WIDTH, "quantisation": QUANTISATIONS}
-LEAST = {"rank": 1, "group": 0, "batch": 1, "seq": 1, "accumulation": 1, "cards": 1, "prompt": 1,
-         "new": 0, "adapters": 0}
+LEAST = {"rank": 1, "group": 0, "batch": 1, "seq": 1, "accumulation": 1, "cards": 1, "prompt": 1, "new": 0,
+         "adapters": 0}
 
 
 class Run:
@@ -41,6 +41,7 @@ class Run:
     tokens: int  # that a row may come to have
     dtype: str
     double_quant: bool
+    quantisation: str
     stack: str
     attention: str
     autocast: bool = False
@@ -126,8 +127,8 @@ class Training(Run):
         batch, seq: rows of one forward, and tokens in each.
         accumulation: forwards whose gradients are summed before the optimizer's step.
         optimizer: "adamw" (torch's foreach), "adamw_fused", "sgd", "momentum", "adafactor", "lion", or bitsandbytes'
-            "adamw8bit", "paged_adamw" and "paged_adamw8bit", whose states may leave the device: they are not on it
-        here. dtype: of the weights ("bfloat16", "float16", "float32").
+            "adamw8bit", "paged_adamw" and "paged_adamw8bit", whose states may leave the device: here they have.
+        dtype: of the weights ("bfloat16", "float16", "float32").
         adapter_dtype: of PEFT's adapters; ours are fp32.
         autocast: run the forward under 16-bit autocast (mixed precision: with fp32 weights).
         checkpointing: recompute each layer in backward instead of keeping its activations.
@@ -205,8 +206,9 @@ class Training(Run):
         if stack not in STACKS:
             raise ValueError(f"no stack {stack!r}; {suggest(str(stack), STACKS)}")
         software = STACKS[stack]
-        return cls(**(software.defaults | (software.qlora if given.get("method") == "qlora" else {})
-                      | {"stack": stack} | given))
+        by_method = software.qlora if given.get("method") == "qlora" else {}
+        settings: dict[str, Any] = {**software.defaults, **by_method, "stack": stack, **given}
+        return cls(**settings)
 
     @property
     def stored(self) -> dict[str, int]:

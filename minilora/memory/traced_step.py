@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..bases import dense_weight, kind_of
 from ..config import ALL_LINEAR, LoRAConfig, entry_matches
@@ -20,13 +22,15 @@ from ..tables import quoted
 from .optimizers import OPTIMIZERS
 from .packages import require_package
 from .run import METHODS
+from .traced_losses import with_fused_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def training_step(config, method: str = "lora", rank: int = 16, target_modules=ALL_LINEAR, batch: int = 1,
                   seq: int = 512, optimizer: str = "adamw", dtype: str = "bfloat16", autocast: bool = False,
-                  checkpointing: bool = False, dropout: float = 0.0, device: str = "cpu") -> Callable[[], None]:
+                  checkpointing: bool = False, dropout: float = 0.0, device: str = "cpu", loss: str = "whole",
+                  adapter_dtype: str = "float32", upcast: str = "all") -> Callable[[], None]:
     """Make a model, its data and its optimizer; return the function that runs one step of training on them.
 
     Call it inside `with fake():` for a step to trace (``measure(step)``), outside for one that really runs.
@@ -42,13 +46,15 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
         dtype: of the weights; adapters are fp32, which is the default of both stacks.
         autocast: run the forward under bf16 autocast (mixed precision: with fp32 weights).
         checkpointing: recompute each layer in backward.
+        loss, adapter_dtype, upcast: of transformers' models, as in `run.Training`; loss "whole" or "chunked".
         device: where a step that really runs has its tensors; fake ones are the CPU's, whatever they follow.
 
     Raises:
         ValueError: an unknown name, a size below 1 or above the context, or a package missing.
     """
     for what, value, known in (("method", method, METHODS), ("optimizer", optimizer, OPTIMIZERS),
-                               ("dtype", dtype, DTYPES)):
+                               ("dtype", dtype, DTYPES), ("adapter_dtype", adapter_dtype, DTYPES),
+                               ("loss", loss, ("whole", "chunked")), ("upcast", upcast, ("all", "none"))):
         if value not in known:
             near = get_close_matches(str(value), known, n=1)
             raise ValueError(f"no {what} {value!r}, expected one of {', '.join(known)}"
@@ -59,16 +65,20 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
     if seq > (context := getattr(config, "max_position_embeddings", None) or seq):
         raise ValueError(f"seq {seq} is longer than the model's context of {context}")
     lora = LoRAConfig(rank, 2 * rank, target_modules, dropout) if method != "full" else None
-    make = our_model if isinstance(config, LlamaConfig) else hugging_face_model
+    ours = isinstance(config, LlamaConfig)
+    theirs = {"chunked": loss == "chunked", "adapters": DTYPES[adapter_dtype], "upcast": upcast == "all"}
+    if ours and (loss, adapter_dtype, upcast) != ("whole", "float32", "all"):
+        raise ValueError("loss, adapter_dtype and upcast are of transformers' models, and this is ours")
     with torch.device(device):
-        model, loss_of = make(config, lora, DTYPES[dtype], checkpointing, method == "qlora")
+        model, loss_of = (our_model if ours else partial(hugging_face_model, **theirs))(
+            config, lora, DTYPES[dtype], checkpointing, method == "qlora")
         ids, targets = (torch.randint(config.vocab_size, (batch, seq)) for _ in range(2))  # (B, T)
     opt = OPTIMIZERS[optimizer].make([p for p in model.train().parameters() if p.requires_grad], 1e-3)
 
     def step() -> None:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
-            loss = loss_of(model, ids, targets)
-        loss.backward()
+            value = loss_of(model, ids, targets)
+        value.backward()
         opt.step()
         opt.zero_grad()
 
@@ -85,26 +95,41 @@ def our_model(config: LlamaConfig, lora: LoRAConfig | None, dtype: torch.dtype, 
     return model, masked_cross_entropy
 
 
-def hugging_face_model(config, lora: LoRAConfig | None, dtype: torch.dtype, checkpointing: bool, four_bit: bool):
+def hugging_face_model(config, lora: LoRAConfig | None, dtype: torch.dtype, checkpointing: bool, four_bit: bool,
+                       chunked: bool = False, adapters: torch.dtype = torch.float32, upcast: bool = True):
     peft, transformers = require_hugging_face("peft"), require_hugging_face("transformers")
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"expected a LlamaConfig or the config of a causal language model of transformers', "
                          f"got a {type(config).__name__}")
     config = copy.deepcopy(config)
     config.use_cache = False  # training keeps no keys and values
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if isinstance(torch.empty(0), FakeTensor):  # there is nothing to initialise, and some code would never end
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights():
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     if four_bit:
-        model = peft.prepare_model_for_kbit_training(bitsandbytes_model(model, dtype), False)
+        model = bitsandbytes_model(model, dtype)
+        model = peft.prepare_model_for_kbit_training(model, False) if upcast else model.requires_grad_(False)
     if lora:
         targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
         names = [name for name, _ in model.named_modules()]
-        for target in () if isinstance(targets, str) else targets:  # PEFT passes one over in silence, if another matches
+        for target in () if isinstance(targets, str) else targets:  # PEFT passes one over if another matches
             if not any(entry_matches(target, name) for name in names):
                 raise ValueError(f"target {quoted(target)} matches no module of the architecture")
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha,
                                                            target_modules=targets, lora_dropout=lora.dropout))
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(adapters)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if chunked:
+        with_fused_head(model)
+        return model, lambda model, ids, targets: model(input_ids=ids, labels=targets)
     return model, lambda model, ids, targets: model(input_ids=ids, labels=targets).loss
 
 

@@ -256,10 +256,11 @@ class Trace(TorchDispatchMode):
         self.name_states(optimizer)
 
     def name_states(self, optimizer: torch.optim.Optimizer) -> None:
+        counts_on_host = not (optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
         for p, state in optimizer.state.items():
             for t in tensors(state):
                 block = self.name(t, "optimizer states", self.owner.get(p, ""))
-                if self.cuda and t.dim() == 0:  # the count of steps stays on the host
+                if self.cuda and t.dim() == 0 and counts_on_host:
                     block.bytes = 0
 
     # After the step
