@@ -539,6 +539,15 @@ def test_damaged_folders(saved, damage, says):
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
+def test_loading_leaves_the_random_state_alone(saved):
+    torch.manual_seed(7)
+    expected = torch.rand(5)
+    model = base_mlp()
+    torch.manual_seed(7)
+    load_adapter(model, saved)
+    assert torch.equal(torch.rand(5), expected)
+
+
 def test_a_model_with_adapters_is_refused(saved):
     model = load_adapter(base_mlp(), saved)
     with pytest.raises(ValueError, match="has adapters already"):
