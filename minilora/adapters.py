@@ -78,7 +78,7 @@ def insert_adapter(model: nn.Module, adapter: AdapterFile, any_base: bool = Fals
     if not any_base:
         check_base(adapter, model)
     cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(list(cards)):  # what is drawn for A is overwritten: the caller's numbers stay as they were
+    with torch.random.fork_rng(list(cards)):  # what is drawn for A is overwritten: the caller's numbers stay
         inject(model, adapter.config, any_rank=True)
     here = places(model)
     if not lora and (wrong := misfits(adapter.tensors, {key: t.shape for key, t in here.items()}, model)):

@@ -45,6 +45,8 @@ def pays(decoder: nn.Module, max_new: int) -> bool:
 
     Twice that and 8 more are asked for, since a stop token may come before `max_new`.
     """
+    if max_new < 8:
+        return False
     sizes = [p.numel() for p in decoder.layers[0].parameters()]
     return max(sizes) <= LARGEST and max_new >= 8 + sum(sizes) / 2**16
 

@@ -141,13 +141,14 @@ class Ledger:
     def new(self, count: int, width: int, what: str, also: bool = False, node: Node | None = None, slot: int = 0,
             part: str = "") -> Tensor:
         """A tensor of its own. `also`: by the same operator as the last one, so no moment lies between them."""
+        name = f"{self.module} {what}" if self.module and what else self.module or what
         if not also:
-            self.moments.append((*self.place, f"{self.module} {what}".strip()))
+            self.moments.append((*self.place, name))
         part = part or self.part
         share = self.shares.get(part, 1)
         size = -(-count // share) * self.stored.get(part, width) if share else 0
         size = -(-size // self.align) * self.align
-        item = Item(part, f"{self.module} {what}".strip(), size, len(self.moments) - 1)
+        item = Item(part, name, size, len(self.moments) - 1)
         self.items.append(item)
         return Tensor(count, width, Storage(self, item), node, slot, is_view=False)
 

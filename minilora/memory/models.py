@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -259,22 +259,7 @@ class ModelSpec:
         Raises:
             ValueError: a target that matches no matrix, or not the same ones in every layer.
         """
-        linears = self.linears()
-        if wanted == ALL_LINEAR:
-            return linears
-        config = LoRAConfig(target_modules=wanted or self.layout.targets)  # pyright: ignore[reportArgumentType]
-        short = [m.name.rpartition(".")[2] for m in linears]
-        for entry in [wanted] if isinstance(wanted, str) else config.target_modules:
-            one = LoRAConfig(target_modules=entry if isinstance(wanted, str) else (entry,))
-            hits = [{m for m in linears if one.matches(f"{self.layout.layer}{i}.{m.name}")} for i in range(self.layers)]
-            if not any(hits):
-                near = get_close_matches(entry.lower(), [*short, ALL_LINEAR], 3, 0.5)
-                raise ValueError(f"target {entry!r} matches no linear of a layer of {self.name}; "
-                                 + (f"near it: {', '.join(near)}" if near else f"there are: {', '.join(short)}"))
-            if any(h != hits[0] for h in hits):
-                raise ValueError(f"target {entry!r} means other matrices in one layer than in another; the bill is "
-                                 f"made for layers that are alike. There are: {', '.join(short)}")
-        return tuple(m for m in linears if config.matches(f"{self.layout.layer}0.{m.name}"))
+        return adapted(self, wanted if wanted is None or isinstance(wanted, str) else tuple(wanted))
 
     def lora_parameters(self, rank: int, wanted: str | Iterable[str] | None = None) -> int:
         """What a LoRA of this rank trains: rank (in + out) a matrix (LoRA, section 4.2)."""
@@ -313,6 +298,26 @@ class ModelSpec:
         sizes = FAMILIES[kind].read(Fields(config, name, kind, FAMILIES[kind].names))
         sizes |= read_quantisation(config.get("quantization_config"), name)
         return cls(name=plain(config.get("_name_or_path") or name, 80), family=kind, **sizes)
+
+
+@lru_cache(maxsize=256)  # one bill asks for it thirty times, and every layer's names are looked at
+def adapted(spec: ModelSpec, wanted: str | tuple[str, ...] | None) -> tuple[Linear, ...]:
+    linears = spec.linears()
+    if wanted == ALL_LINEAR:
+        return linears
+    config = LoRAConfig(target_modules=spec.layout.targets if wanted is None else wanted)  # pyright: ignore[reportArgumentType]
+    short = [m.name.rpartition(".")[2] for m in linears]
+    for entry in [wanted] if isinstance(wanted, str) else config.target_modules:
+        one = LoRAConfig(target_modules=entry if isinstance(wanted, str) else (entry,))
+        hits = [{m for m in linears if one.matches(f"{spec.layout.layer}{i}.{m.name}")} for i in range(spec.layers)]
+        if not any(hits):
+            near = get_close_matches(entry.lower(), [*short, ALL_LINEAR], 3, 0.5)
+            raise ValueError(f"target {entry!r} matches no linear of a layer of {spec.name}; "
+                             + (f"near it: {', '.join(near)}" if near else f"there are: {', '.join(short)}"))
+        if any(h != hits[0] for h in hits):
+            raise ValueError(f"target {entry!r} means other matrices in one layer than in another; the bill is "
+                             f"made for layers that are alike. There are: {', '.join(short)}")
+    return tuple(m for m in linears if config.matches(f"{spec.layout.layer}0.{m.name}"))
 
 
 def read_quantisation(config: object, name: str) -> dict[str, Any]:
