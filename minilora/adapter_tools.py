@@ -122,6 +122,7 @@ class AdapterSpectrum:
     config: LoRAConfig
     modules: tuple[ModuleSpectrum, ...]
     others: tuple[str, ...]  # keys of tensors that are no adapter's
+    unused: tuple[str, ...] = ()  # what its settings name and no tensor bears out
 
     def lost(self, rank: int) -> tuple[float, float]:
         """The share of the energy that truncation to `rank` loses, over all modules and in the worst."""
@@ -185,7 +186,7 @@ class AdapterSpectrum:
         return {"folder": str(self.folder), "file_bytes": self.file_bytes, "dtypes": list(self.dtypes),
                 "base": self.base, "use_rslora": self.config.use_rslora, "use_dora": self.config.use_dora,
                 "modules": [m.to_dict() | {"norm_over_peers": self.ratio(m)} for m in self.modules],
-                "outliers": self.outliers, "other_tensors": list(self.others),
+                "outliers": self.outliers, "other_tensors": list(self.others), "unused_settings": list(self.unused),
                 "truncate": dict(zip(names, self.advice)) if self.advice else None, "summary": self.summary}
 
     def __str__(self):
@@ -207,6 +208,8 @@ class AdapterSpectrum:
             notes.append(f"outliers by norm: {some(list(outliers))}")
         if self.others:
             notes.append(f"also in the file: {some(list(self.others))}")
+        if self.unused:
+            notes.append(f"keys that match none of its modules: {some(list(self.unused))}")
         return "\n".join((table(head, rows), *notes, self.summary))
 
 
@@ -220,7 +223,7 @@ def inspect_adapter(folder: str | os.PathLike) -> AdapterSpectrum:
     parts, others = parts_of(adapter)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for p in parts for t in (p.A, p.B)})
     return AdapterSpectrum(adapter.folder, (adapter.folder / WEIGHTS).stat().st_size, tuple(dtypes), adapter.base,
-                           adapter.config, tuple(spectra_of(parts)), tuple(others))
+                           adapter.config, tuple(spectra_of(parts)), tuple(others), adapter.unused)
 
 
 def spectra_of(parts: list[Part]) -> list[ModuleSpectrum]:

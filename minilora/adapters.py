@@ -4,7 +4,6 @@ What is saved here opens in PEFT and vLLM, and what they save opens here. The sa
 fingerprint of the base, so that an adapter on the wrong base is refused, not silently wrong.
 """
 
-import hashlib
 import json
 import os
 import warnings
@@ -16,45 +15,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bases import on_disk
+from .beside import beside
 from .checkpoints import read_safetensors, save_tensors
 from .config import LoRAConfig, variants
-from .distributed import full_tensor, is_main_process
+from .distributed import full_tensor, gathered_whole, is_main_process
+from .fingerprints import fingerprint as fingerprint
+from .fingerprints import marks
 from .injection import adapter_layers, inject, remove
 from .layers import AdapterLayer, LoRALayer
-from .naming import plain_parameters
+from .naming import part_of, plain_parameters, starts
 from .pair import read_config_of_pair, read_pair, write_pair
-from .peft_format import PREFIX, AdapterFile, as_tensors_say, by_names_here, format_of, keys_of, usual_key, without
-from .planning import planned, trained_whole
+from .peft_format import PREFIX, AdapterFile, as_tensors_say, by_names_here, format_of, in_use, keys_of, usual_key
+from .planning import planned
 from .tables import quoted
-from .trained_copy import state_of
 
-CONFIG, WEIGHTS, FINGERPRINT = "adapter_config.json", "adapter_model.safetensors", "minilora.base"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FINGERPRINT, HALF = "minilora.base", "minilora.base.float16"  # in the metadata: see `marks`
 MOST_ENTRIES = 2**28  # of a LoRA factor: a vocabulary of a million at rank 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of what an adapter's file may hold
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
+def save_adapter(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> None:
     """Write the model's adapters to `folder`, all at once or not at all: LoRA and its variants in PEFT's format, the
     relatives of peft_methods.py in one like it.
 
     A PiSSA adapter is written as the plain one of twice the rank that does the same to the untouched base. Where
     several processes train one model, all call this and the first one writes: the same file as one process would.
+    `tokenizer`, one of transformers', is written beside it, for ``AutoTokenizer.from_pretrained(folder)``.
 
     Raises:
         ValueError: the model has no adapters, or one that holds NaN or infinite values.
         OSError: the disk said no. What stood in `folder` still stands there.
     """
-    form = format_of(first_layer(model).peft_type)
-    tensors = {key: full_tensor(t.detach()).cpu().contiguous() for key, t in places(model).items()}
+    with gathered_whole(model):
+        form = format_of(first_layer(model).peft_type)
+        tensors = {key: full_tensor(t.detach()).cpu().contiguous() for key, t in places(model).items()}
+        (*base, half), config = marks(model), form.write(model)
     for key, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinite values: the training diverged, nothing was saved")
-    base, ours = fingerprint(model), {id(p) for layer in adapter_layers(model).values() for p in layer.own().values()}
+    ours = {id(p) for layer in adapter_layers(model).values() for p in layer.own().values()}
     if lost := [name for name, p in plain_parameters(model) if p.requires_grad and id(p) not in ours]:
         warnings.warn(f"{', '.join(lost[:4])}{', ...' * (len(lost) > 4)} can train too and is not saved: an adapter "
                       "file holds adapters and what modules_to_save names", stacklevel=2)
     if is_main_process():
-        write_adapter(folder, tensors, form.write(model), base)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_adapter(folder, tensors, config, "-".join(base), half)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, any_base: bool = False) -> nn.Module:
@@ -74,7 +82,7 @@ def insert_adapter(model: nn.Module, adapter: AdapterFile, any_base: bool = Fals
     """`load_adapter`, from an adapter that has been read."""
     lora = isinstance(adapter.config, LoRAConfig)
     if lora:  # before anything is made: a file may ask for a rank that no memory holds
-        adapter = check_fits(by_names_here(adapter, model), model)
+        adapter = check_fits(in_use(by_names_here(adapter, model), model), model)
     if not any_base:
         check_base(adapter, model)
     cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -113,26 +121,32 @@ def read_adapter(folder: str | os.PathLike, only: Collection[str] = ()) -> Adapt
     folder = Path(folder)
 
     def read() -> AdapterFile:
-        config, (tensors, base) = read_config(folder, only), read_tensors(folder)
+        config, (tensors, *base) = read_config(folder, only), read_tensors(folder)
         usual = {usual_key(key): key for key in tensors}
         if twice := [key for key in tensors if usual[usual_key(key)] != key]:
             other = usual[usual_key(twice[0])]
             raise ValueError(f"{folder / WEIGHTS} holds {quoted(twice[0])} twice, as {quoted(other)} too")
         tensors = {key: tensors[written] for key, written in usual.items()}
-        if isinstance(config, LoRAConfig):
-            config = as_tensors_say(config, read_settings(folder), tensors)
-        return AdapterFile(folder, config, tensors, base)
+        adapter = AdapterFile(folder, config, tensors, *base)
+        return as_tensors_say(adapter, read_settings(folder)) if isinstance(config, LoRAConfig) else adapter
 
     return read_pair(folder, CONFIG, WEIGHTS, read)
 
 
-def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of ``adapter_model.safetensors`` and the fingerprint beside them; a ValueError if it is damaged."""
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None, str | None]:
+    """The tensors of ``adapter_model.safetensors``, the fingerprint beside them, and that of the base's fp16 copy; a
+    ValueError if it is damaged."""
     path = folder / WEIGHTS
     if not path.is_file():
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
         hint = f"; {pickles[0]} may be a pickle, which can run code and is never opened: convert it" if pickles else ""
         raise ValueError(f"{folder} holds no {WEIGHTS}{hint}")
+    tensors, metadata = safe_tensors(path)
+    return tensors, metadata.get(FINGERPRINT), metadata.get(HALF)
+
+
+def safe_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file, each tensor one that an adapter may hold; else a ValueError."""
     tensors, metadata = read_safetensors(path)
     for key, t in tensors.items():
         if t.dtype not in DTYPES:
@@ -145,7 +159,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         if not all(part.float().isfinite().all() for part in t.flatten().split(2**22)):
             raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values that are not all finite floating-point "
                              "numbers")
-    return tensors, metadata.get(FINGERPRINT)
+    return tensors, metadata
 
 
 def read_config(folder: Path, only: Collection[str] = ()) -> Any:
@@ -173,28 +187,30 @@ def read_settings(folder: Path) -> dict:
 
 
 def check_fits(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
-    """The adapter, whose targets are now those that its tensors name; a module that its targets mean as well (the
-    vision tower's q_proj beside the language model's) and of which it has no tensor is left out, by name.
+    """The adapter, whose targets are now those that its tensors name. Its targets may mean modules of which it has no
+    tensor: in a part of the model of which it has none at all (a vision tower, say, that the model it was trained on
+    did not have) they are left out, by name; in a part that it adapts, tensors are missing.
 
     Raises:
         ValueError: the first few ways in which modules, ranks or shapes are not those of `model`.
     """
     layer = variants()[adapter.config.variant]
     try:
-        rows = [row for row, _ in planned(model, adapter.config, any_rank=True)]
-        whole = trained_whole(model, adapter.config)
+        rows = dict(planned(model, adapter.config, any_rank=True))
+        others = beside(model, adapter.config)
     except ValueError as e:
         raise ValueError(no_fit(adapter, [str(e)])) from None
     keys = {row: keys_of(row.name, row.kind, layer) for row in rows}
-    known = [row for row in rows if any(key in adapter.tensors for key in keys[row].values())]
-    if 0 < len(known) < len(rows):
-        absent = [row.name for row in rows if row not in known]
+    known = [row.name for row in rows if any(key in adapter.tensors for key in keys[row].values())]
+    parts = {start for name in known for start in starts(name)}
+    if absent := [row.name for row in rows if known and part_of(row.name) not in parts]:
         warnings.warn(f"{adapter.folder} has no tensors for {', '.join(absent[:4])}{', ...' * (len(absent) > 4)}, "
                       "which its targets mean too: left as they are", stacklevel=4)
-        adapter, rows = replace(adapter, config=without(adapter.config, [row.name for row in known], True)), known
-    expected = {key: layer.shapes(*row.shape, row.rank)[own] for row in rows for own, key in keys[row].items()}
-    expected |= {f"{PREFIX}{name}.{key}": t.shape for name, module in whole.items()
-                 for key, t in state_of(module).items()}
+        rows = {row: module for row, module in rows.items() if row.name not in absent}
+        adapter = replace(adapter, config=replace(adapter.config, target_modules=tuple(row.name for row in rows)))
+    expected = {key: on_disk(module, own, layer.shapes(*row.shape, row.rank)[own])
+                for row, module in rows.items() for own, key in keys[row].items()}
+    expected |= {f"{PREFIX}{other.name}.{key}": shape for other in others for key, shape in other.shapes.items()}
     common = layer.common_shapes([row.shape for row in rows], adapter.config.rank)
     expected |= {key: shape for key, shape in common.items() if key in adapter.tensors}
     if wrong := misfits(adapter.tensors, expected, model):
@@ -224,40 +240,23 @@ def is_copy(t: Tensor, weight: Tensor | None) -> bool:
 
 def check_base(adapter: AdapterFile, model: nn.Module) -> None:
     """Raise a ValueError if the fingerprint is another base's; an adapter without one (PEFT's) passes."""
-    if adapter.base is None or adapter.base == (here := fingerprint(model)):
+    shapes, weights, half = marks(model)
+    here = f"{shapes}-{weights}"
+    if adapter.base in (None, here) or (adapter.base.split("-")[0], adapter.half) == (shapes, half):
         return
-    what = "weights" if adapter.base.split("-")[0] == here.split("-")[0] else "architecture"
+    what = "weights" if adapter.base.split("-")[0] == shapes else "architecture"
     raise ValueError(f"the adapter in {adapter.folder} was trained on another base: other {what} (its base is "
                      f"{quoted(adapter.base)}, this model is {here!r}). To load it all the same: any_base=True")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """``architecture-weights`` of the base, two short hashes; the same with or without adapters, merged or not.
-
-    The first covers every parameter's name and shape, the second about 1,024 evenly spaced entries of each, rounded to
-    bfloat16, so that a base and its bfloat16 copy agree and a 70B model takes a moment, not minutes. A change to
-    entries in between goes unseen: it tells bases apart, it does not prove them equal.
-    """
-    shapes, weights = hashlib.sha256(), hashlib.sha256()
-    layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
-    adapters = {id(p) for layer in layers for p in layer.own().values()}
-    unmerged = {id(layer.base_layer.weight): layer.unmerged[0] for layer in layers if getattr(layer, "unmerged", ())}
-    # a tied weight counts under each of its names: merging one of its users would part them
-    base = {name: unmerged.get(id(p), p).detach() for name, p in plain_parameters(model) if id(p) not in adapters}
-    for name, p in sorted(base.items()):
-        shapes.update(f"{name} {tuple(p.shape)}\n".encode())
-        entries = full_tensor(p).flatten()[:: max(1, p.numel() // 1024)].to(torch.bfloat16).contiguous()
-        weights.update(name.encode() + entries.cpu().view(torch.uint8).numpy().tobytes())
-    return f"{shapes.hexdigest()[:12]}-{weights.hexdigest()[:12]}"
-
-
-def write_adapter(folder: str | os.PathLike, tensors: dict[str, Tensor], config: dict, base: str | None = None) -> None:
+def write_adapter(folder: str | os.PathLike, tensors: dict[str, Tensor], config: dict, base: str | None = None,
+                  half: str | None = None) -> None:
     """Write an adapter folder so that at any moment `read_adapter` finds the old adapter or the new one, whole: the two
     files are replaced inside the folder as pair.py says. Everything else in it stays, and so does the folder itself.
 
     The same adapter is the same bytes. An OSError means that the disk said no; the old adapter is still there then.
     """
-    metadata = {"format": "pt"} | ({FINGERPRINT: base} if base else {})
+    metadata = {"format": "pt"} | {key: mark for key, mark in ((FINGERPRINT, base), (HALF, half)) if mark}
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     write_pair(Path(folder), CONFIG, WEIGHTS, text, lambda path: save_tensors(tensors, path, metadata))
 

@@ -242,6 +242,8 @@ class RoutedLayer(Wrapper):
     def __init__(self, name: str, base_layer: nn.Module, layers: list[LoRALayer | None]):
         super().__init__()
         self.name, self.base_layer, self.kind = name, base_layer, kind_of(base_layer)
+        if self.kind == "conv2d":
+            raise ValueError(f"{name} is a Conv2d: a route goes through Linear, Conv1D and Embedding alone")
         used = list(dict.fromkeys(layer for layer in layers if layer is not None))
         ranks = [layer.rank for layer in used]
         total, most = sum(ranks), max(ranks)
@@ -287,8 +289,8 @@ def need_lora(name: str, entry: Entry) -> dict[str, LoRALayer]:
     """The layers of an adapter that has nothing but LoRA layers."""
     for module, layer in entry.layers.items():
         if not isinstance(layer, LoRALayer):
-            raise ValueError(f"adapter {name!r} trains {module} whole (modules_to_save), which can be used, merged and "
-                             "saved, but neither combined nor routed")
+            raise ValueError(f"adapter {name!r} trains {module} {layer.how}, which can be used, merged and saved, but "
+                             "neither combined nor routed")
     return entry.layers
 
 

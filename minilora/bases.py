@@ -1,7 +1,7 @@
 """The layers of a base that can be adapted: which they are, how their weight is read, where and in what they compute.
 
 One orientation everywhere: a weight is seen as (out, in), as `dense_weight` returns it. An embedding is a linear on
-one-hot rows: in = rows, out = width.
+one-hot rows: in = rows, out = width. A convolution is a linear on patches: in = channels x kernel height x width.
 """
 
 import sys
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """"linear", "conv1d" (GPT-2's: a linear that stores W transposed), "embedding", or None: cannot be adapted.
+    """"linear", "conv1d" (GPT-2's: a linear that stores W transposed), "embedding", "conv2d" (torch's, in one group),
+    or None: cannot be adapted.
 
     A layer that does something else with its weight does not count: a subclass with a forward of its own, a weight that
     is computed (weight norm, parametrisation), an embedding that rescales its rows in forward (max_norm).
@@ -28,6 +29,8 @@ def kind_of(module: nn.Module) -> str | None:
     if isinstance(module, nn.Embedding) and module.max_norm is None:
         scaled = "ScaledWordEmbedding" in type(module).__name__ and hasattr(module, "embed_scale")
         return "embedding" if forward is nn.Embedding.forward or scaled else None
+    if forward is nn.Conv2d.forward and module.groups == 1:
+        return "conv2d"
     if type(module).__name__ == "Conv1D" and getattr(module, "nf", None) == weight.shape[-1]:
         return "conv1d"
     return None
@@ -43,12 +46,15 @@ def why_not(module: nn.Module) -> str:
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear) and isinstance(weight, Tensor) and type(module).forward is nn.Linear.forward:
         return f"its weight is a {type(weight).__name__} of {weight.dtype}: load the base in a 16-bit or 32-bit dtype"
-    return "expected Linear, Conv1D or Embedding"
+    if getattr(module, "groups", 1) != 1:
+        return f"its {module.groups} groups have a weight each"
+    return "expected Linear, Conv1D, Embedding or Conv2d"
 
 
 def words(kinds: tuple[str, ...]) -> str:
     """Kinds of layers, as the end of an error message: "Linear, Conv1D or Embedding"."""
-    *first, last = [{"linear": "Linear", "conv1d": "Conv1D", "embedding": "Embedding"}[kind] for kind in kinds]
+    names = {"linear": "Linear", "conv1d": "Conv1D", "embedding": "Embedding", "conv2d": "Conv2d"}
+    *first, last = [names[kind] for kind in kinds]
     return f"{', '.join(first)} or {last}" if first else last
 
 
@@ -94,12 +100,28 @@ def dense_weight(base: nn.Module) -> Tensor:
         raise ValueError("the weight is offloaded and only visits the device: it cannot be read here")
     if quantised(base):
         return base.dequantize() if hasattr(base, "dequantize") else BITSANDBYTES[type(base).__name__](base)
-    return base.weight if kind_of(base) == "linear" else base.weight.T
+    kind = kind_of(base)
+    return base.weight if kind == "linear" else base.weight.flatten(1) if kind == "conv2d" else base.weight.T
+
+
+def as_stored(W: Tensor, base: nn.Module) -> Tensor:
+    """A weight (out, in) in the shape in which this layer keeps its own: the inverse of `dense_weight`."""
+    return W.view(base.weight.shape) if kind_of(base) in ("linear", "conv2d") else W.T.contiguous()
 
 
 def shape_of(base: nn.Module) -> tuple[int, int]:
     """(out, in)"""
-    return (base.out_features, base.in_features) if kind_of(base) == "linear" else tuple(base.weight.T.shape)
+    kind = kind_of(base)
+    if kind == "linear":
+        return base.out_features, base.in_features
+    return tuple((base.weight.flatten(1) if kind == "conv2d" else base.weight.T).shape)
+
+
+def on_disk(base: nn.Module, own: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a layer's tensor in a file: PEFT writes a convolution's A as a kernel, its B as one of 1 x 1."""
+    if kind_of(base) != "conv2d":
+        return tuple(shape)
+    return (shape[0], *base.weight.shape[1:]) if own == "lora_A" else (*shape, 1, 1)
 
 
 def adapter_options(base: nn.Module) -> dict:

@@ -36,6 +36,9 @@ class LoRAConfig:
         seed: of what a variant draws once for all layers (VeRA).
         modules_to_save: modules that train whole beside the adapters and are saved with them, such as a new head; names
             as in `target_modules`.
+        trainable_tokens: rows of an embedding that train whole, by its name, such as {"embed_tokens": (5, 6)}.
+        target_parameters: stacked experts (parameters.py) by name, such as ("experts.gate_up_proj",); targets may then
+            be ().
 
     Raises:
         ValueError: a value outside its range.
@@ -52,6 +55,8 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     modules_to_save: tuple[str, ...] = ()
+    trainable_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    target_parameters: tuple[str, ...] = ()
 
     def __post_init__(self):
         targets, patterns = self.target_modules, (self.rank_pattern, self.alpha_pattern)
@@ -59,12 +64,18 @@ class LoRAConfig:
         if not isinstance(targets, str):
             targets = tuple(targets)
             object.__setattr__(self, "target_modules", targets)
-        require(targets and all(isinstance(t, str) and t for t in targets), "target_modules must name modules", targets)
-        whole = self.modules_to_save
-        require(not isinstance(whole, str) and isinstance(whole, Iterable), "modules_to_save must be a list of names",
-                whole)
-        object.__setattr__(self, "modules_to_save", whole := tuple(whole))
-        require(all(isinstance(n, str) and n for n in whole), "modules_to_save must be a list of names", whole)
+        for own in ("modules_to_save", "target_parameters"):
+            names = getattr(self, own)
+            listed = not isinstance(names, str) and isinstance(names, Iterable)
+            object.__setattr__(self, own, names := tuple(names) if listed else names)
+            require(listed and all(isinstance(n, str) and n for n in names), f"{own} must be a list of names", names)
+        rows = self.trainable_tokens
+        require(isinstance(rows, Mapping) and all(ids and all(type(i) is int and i >= 0 for i in ids)
+                                                  for ids in rows.values()),
+                "trainable_tokens must map names to lists of tokens", rows)
+        object.__setattr__(self, "trainable_tokens", {name: tuple(dict.fromkeys(ids)) for name, ids in rows.items()})
+        require((targets or self.target_parameters) and all(isinstance(t, str) and t for t in targets),
+                "target_modules must name modules", targets)
         require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout must be in [0, 1)", self.dropout)
         require(isinstance(self.use_rslora, bool), "use_rslora must be True or False", self.use_rslora)
         require(isinstance(self.use_dora, bool), "use_dora must be True or False", self.use_dora)

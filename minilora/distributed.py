@@ -170,6 +170,23 @@ def syncing(net: nn.Module, now: bool) -> Iterator[None]:
     yield
 
 
+def flat(model: nn.Module) -> bool:
+    """Whether FSDP 1 has laid a model's parameters out in flat shares: on each process a piece of them is left."""
+    return any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+
+
+@contextmanager
+def gathered_whole(model: nn.Module) -> Iterator[None]:
+    """Under FSDP 1 the model's parameters are whole in here, on every process, each of which must call this."""
+    if not flat(model):
+        yield
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        yield
+
+
 def full_tensor(t: Tensor) -> Tensor:
     """The tensor of which this is a share, on every process, each of which must call this; any other as it is."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t

@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from .adapter_tools import in_layer_order, last, named, parts_of, percent, some
 from .adapters import check_free, read_adapter, read_settings, write_adapter
+from .bases import kind_of
 from .checkpoints import read_json, read_tensor, tensor_files
 from .config import LoRAConfig, entry_matches
+from .hub_names import empty_model, names_here
 from .layers import LoRALayer
 from .peft_format import keys_of, peft_config
 from .spectrum import LowRank, extract_lora, truncate
@@ -39,6 +41,7 @@ class Written:
     folder: Path
     modules: dict[str, LowRank]
     left_out: tuple[str, ...] = ()  # what changed and is not in the adapter
+    note: str = ""
 
     @property
     def lost(self) -> float:
@@ -57,12 +60,13 @@ class Written:
         modules = [{"name": name, "shape": [len(m.B), m.A.shape[1]], "rank": len(m.A), "norm": m.norm, "error": m.error}
                    for name, m in self.modules.items()]
         return {"folder": str(self.folder), "modules": modules, "energy_lost": self.lost,
-                "left_out": list(self.left_out), "summary": self.summary}
+                "left_out": list(self.left_out), "note": self.note, "summary": self.summary}
 
     def __str__(self):
         rows = [(name, f"{len(m.B)} x {m.A.shape[1]}", len(m.A), f"{m.norm:9.4g}", f"{m.error:.4f}",
                  f"{percent(m.error**2):>11}") for name, m in self.modules.items()]
         notes = [f"not in the adapter, though it changed: {some(list(self.left_out))}"] if self.left_out else []
+        notes += [self.note] if self.note else []
         head = ("module", "out x in", "rank", f"{'norm':>9}", " error", "energy lost")
         return "\n".join((table(head, rows), *notes, self.summary))
 
@@ -87,7 +91,7 @@ def truncate_adapter(folder: str | os.PathLike, out: str | os.PathLike, *, rank:
                          rank=None if rank is None else min(rank, *p.B.shape, *p.A.shape)) for p in parts}
     config = read_settings(adapter.folder) | rank_settings(cut)
     tensors = dict(adapter.tensors) | tensors_of({p.name: (p.kind, cut[p.name]) for p in parts})
-    write_adapter(out, tensors, config, adapter.base)
+    write_adapter(out, tensors, config, adapter.base, adapter.half)
     return Written(Path(out), cut)
 
 
@@ -97,7 +101,8 @@ def extract_adapter(base: str | os.PathLike, tuned: str | os.PathLike, out: str 
     """Write the adapter nearest to the difference of two checkpoints (`spectrum.extract_lora`), in PEFT's format.
 
     One tensor of each is in memory at a time. A module is every linear weight that differs: two-dimensional and no
-    embedding or output head, by its name. What else differs, in value or shape, is named as left out.
+    embedding or output head, by its name. What else differs, in value or shape, is named as left out. Modules are
+    called what the installed transformers calls them in memory; without it, what they are called on disk.
 
     Args:
         base, tuned: a folder with ``model.safetensors`` or its shards and index, or one safetensors file.
@@ -106,19 +111,22 @@ def extract_adapter(base: str | os.PathLike, tuned: str | os.PathLike, out: str 
 
     Raises:
         ValueError: not two checkpoints of one architecture, none that differ, NaN or infinite or quantised weights, a
-            rank above a matrix's, or an `out` that holds an adapter already.
+            rank above a matrix's, a weight that is fused with others in memory, or an `out` that holds an adapter
+            already.
     """
     files, targets = (tensor_files(Path(base)), tensor_files(Path(tuned))), tuple(targets)
     check_free(out)
     check_device(device)
     names = {key.removesuffix(".weight"): key for key in sorted(files[0].keys() | files[1].keys(), key=in_layer_order)}
-    check_targets(targets, names)
+    here, kinds, note = in_memory(Path(base), names)
+    check_targets(targets, [*names, *filter(None, here.values())])
     transposed, found, left_out = transposes(Path(base), names), {}, []
     for name, key in tqdm(names.items(), desc="extract", unit="tensor", disable=None):
         W0 = W = None  # one pair at a time, not two
         W0, W = (read_tensor(f[key], key) if key in f else None for f in files)
         linear = key.endswith(".weight") and not NO_LINEAR.fullmatch(last(name)) and W0 is not None and W0.dim() == 2
-        chosen = linear and (not targets or any(entry_matches(target, name) for target in targets))
+        wanted = not targets or any(entry_matches(target, n) for target in targets for n in (name, here[name] or name))
+        chosen = linear and wanted and kinds.get(here[name], "linear") in ("linear", "conv1d")
         if chosen and (W is None or W.shape != W0.shape):
             there = "missing" if W is None else tuple(W.shape)
             raise ValueError(f"{plain(key)} is {tuple(W0.shape)} in {base} and {there} in {tuned}: not one "
@@ -127,17 +135,22 @@ def extract_adapter(base: str | os.PathLike, tuned: str | os.PathLike, out: str 
             if not chosen:
                 left_out.append(key)
                 continue
+            if (now := here[name]) is None:
+                raise ValueError(f"{plain(key)} differs, and is no module of its own in this version of the model but "
+                                 "a part of a larger parameter, such as stacked experts: no adapter goes around it. "
+                                 "Name the modules to take with targets")
             delta = difference(key, W0, W).to(device)
-            found[name] = named(key, extract_lora, delta.T if name in transposed else delta, rank=rank, energy=energy)
+            found[now] = named(key, extract_lora, delta.T if name in transposed else delta, rank=rank, energy=energy)
     if not found:
         raise ValueError(f"no linear weight of {base} differs in {tuned}" + " among the targets" * bool(targets)
                          + (f"; what differs: {some(left_out)}" if left_out else ""))
-    others = names.keys() - found.keys()
+    others = (kinds or names).keys() - found.keys()
     ends = {name: last(name) for name in found}
     entries = {name if any(entry_matches(end, other) for other in others) else end for name, end in ends.items()}
-    config = peft_config(LoRAConfig(target_modules=tuple(sorted(entries))), found.keys() <= transposed)
+    conv1d = found.keys() <= {here[name] for name in transposed}
+    config = peft_config(LoRAConfig(target_modules=tuple(sorted(entries))), conv1d)
     write_adapter(out, tensors_of({name: ("linear", x) for name, x in found.items()}), config | rank_settings(found))
-    return Written(Path(out), found, tuple(left_out))
+    return Written(Path(out), found, tuple(left_out), note)
 
 
 def difference(key: str, W0: Tensor, W: Tensor) -> Tensor:
@@ -164,6 +177,22 @@ def tensors_of(modules: dict[str, tuple[str, LowRank]]) -> dict[str, Tensor]:
 
 
 # Checkpoints
+
+
+def in_memory(base: Path, names: Iterable[str]) -> tuple[dict[str, str | None], dict[str, str | None], str]:
+    """What modules are called in memory (None: fused with others there), the kind of every module there (`kind_of`;
+    empty where no model could be asked), and what is to be said about that."""
+    path = (base if base.is_dir() else base.parent) / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    if not isinstance(config, dict) or not config.get("architectures"):
+        return {name: name for name in names}, {}, ""
+    if (model := empty_model(config)) is None:
+        return ({name: name for name in names}, {}, f"modules are called what {base} calls them: no transformers is "
+                f"installed that knows {quoted(config['architectures'])} and what it calls them in memory")
+    kinds = {name: kind_of(module) for name, module in model.named_modules()}
+    here = names_here(model, names)
+    # what is no module at all is no linear either: `kinds` says so by leaving it None
+    return here, kinds | {now: None for now in here.values() if now is not None and now not in kinds}, ""
 
 
 def transposes(base: Path, names: Iterable[str]) -> set[str]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from .bases import quantised
+from .beside import around, beside
 from .config import LoRAConfig, variants
+from .distributed import flat
 from .layers import AdapterLayer, LoRALayer
 from .naming import bare, plain_modules
-from .planning import need_plain, plan, planned, tied, trained_whole
+from .planning import need_plain, plan, planned, tied
 from .tables import table
-from .trained_copy import TrainedCopy
 
 __all__ = ["inject", "lora_parameters", "loraplus_groups", "merge", "plan", "remove", "report", "unmerge"]
 
@@ -51,12 +52,12 @@ def inject(model: nn.Module, config, any_rank: bool = False) -> nn.Module:
     Raises:
         ValueError: no such method, a model that has adapters already or lacks what the method needs; as `plan` does.
     """
-    around = next((METHODS[kind] for kind in type(config).__mro__ if kind in METHODS), None)
-    if around is None:
-        others = ", ".join(method.__name__ for method in METHODS if method is not LoRAConfig)
+    method = next((METHODS[kind] for kind in type(config).__mro__ if kind in METHODS), None)
+    if method is None:
+        others = ", ".join(kind.__name__ for kind in METHODS if kind is not LoRAConfig)
         raise ValueError(f"expected a LoRAConfig or one of {others or 'those in peft_methods'}, got {config!r}")
     need_plain(model)
-    layers = around(model, config, any_rank)
+    layers = method(model, config, any_rank)
     for module, layer in layers.items():
         layer.train(module.training).config = config
     wrap(model, layers)
@@ -66,11 +67,11 @@ def inject(model: nn.Module, config, any_rank: bool = False) -> nn.Module:
 
 
 def lora_around(model: nn.Module, config: LoRAConfig, any_rank: bool) -> dict[nn.Module, AdapterLayer]:
-    """A LoRA layer for every module of the plan, and a trained copy for every one of `modules_to_save`."""
+    """A LoRA layer for every module of the plan, and what the config asks for beside them."""
     rows, layer = planned(model, config, any_rank), variants()[config.variant]
     shared = layer.shared([row.shape for row, _ in rows], config)
     return {module: layer(module, row.rank, row.alpha, config.dropout, config.use_rslora, **shared)
-            for row, module in rows} | {module: TrainedCopy(module) for module in trained_whole(model, config).values()}
+            for row, module in rows} | around(beside(model, config))
 
 
 METHODS[LoRAConfig] = lora_around
@@ -130,8 +131,8 @@ def unmerge(model: nn.Module) -> None:
 
 def put_back(model: nn.Module, layers: Iterable[AdapterLayer]) -> None:
     """Unmerge these layers, also where something else has been tied to a merged weight since."""
-    before = {layer.base_layer.weight: layer.unmerged[0] for layer in layers
-              if layer.merged and isinstance(layer, LoRALayer)}
+    layers = list(layers)
+    before = {new: own for layer in layers for new, own in layer.replaced().items()}
     for layer in layers:
         layer.unmerge()
     for module in model.modules() if before else ():
@@ -175,7 +176,7 @@ def weights_in_codes(model: nn.Module) -> int:
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of all adapters, LoRA's or a relative's: what an optimizer should be given."""
-    return [p for layer in adapter_layers(model).values() for p in layer.own().values()]
+    return list(dict.fromkeys(p for layer in adapter_layers(model).values() for p in layer.own().values()))
 
 
 def loraplus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict]:
@@ -202,7 +203,7 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def mergeable_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """The LoRA layers and trained copies by name; a ValueError if there is none, or a relative of LoRA."""
+    """The adapters that can be merged, by name; a ValueError if there is none, or a relative of LoRA."""
     found = adapter_layers(model)
     for name, layer in found.items():
         if not layer.mergeable:
@@ -216,7 +217,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def need_whole(model: nn.Module) -> None:
-    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+    if flat(model) or any(hasattr(p, "full_tensor") for p in model.parameters()):
         raise ValueError("the model is shared out over several processes (fsdp), and no process has its weights whole: "
                          "save_adapter(model, folder), then load that into a model of one process")
 

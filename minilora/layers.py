@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from .bases import (
     adapter_options,
+    as_stored,
     dense_weight,
     execution_device,
     kind_of,
+    on_disk,
     output_scale,
     quantised,
     shape_of,
@@ -129,15 +131,34 @@ class AdapterLayer(nn.Module):
         """What is left of a merged one that stays merged for good."""
         return self.base_layer
 
+    def replaced(self) -> dict[nn.Parameter, nn.Parameter]:
+        """While merged: the parameter that stands in the base now -> the base's own."""
+        return {}
+
     def common(self) -> dict[str, Tensor]:
         """What a file holds once for all layers, by its key. What a file lacks of that stays as `shared` made it."""
         return {}
 
 
-class LoRALayer(Wrapper, AdapterLayer):
+class PlainWhenMerged:
+    """A merged layer's state is that of a plain layer, so that a merged model is saved as any other."""
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        inner = self.base_layer if self.merged else super()
+        return inner.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if not self.merged:
+            return super()._load_from_state_dict(state_dict, prefix, *args)
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}base_layer.{key[len(prefix):]}"] = state_dict.pop(key)
+
+
+class LoRALayer(PlainWhenMerged, Wrapper, AdapterLayer):
     """A frozen layer and its trainable low-rank update (Hu et al. 2021, section 4.1).
 
-    `base_layer` is an nn.Linear, GPT-2's Conv1D, an nn.Embedding, or a quantised linear; for the rest see `LoRAConfig`.
+    `base_layer` is an nn.Linear, GPT-2's Conv1D, an nn.Embedding, an nn.Conv2d or a quantised linear; for the rest see
+    `LoRAConfig`.
 
     This is the plain form. A variant is a subclass with a `variant` of its own, in a file of variants/; what it may
     change is `shapes`, `start`, `update` or `plain`, `merged_weight`, and the lines below that say how it is written.
@@ -150,7 +171,7 @@ class LoRALayer(Wrapper, AdapterLayer):
     mergeable = True
     variant = "lora"  # its name in VARIANTS
     choice: dict = {}  # what asks for it in a LoRAConfig; a variant's is {"init": its name} if it does not say
-    kinds = ("linear", "conv1d", "embedding")  # of base layers
+    kinds = ("linear", "conv1d", "embedding", "conv2d")  # of base layers
     frozen: tuple[str, ...] = ()  # those of `shapes` that do not train
     fused = True  # LoRAFunction computes it; not where a variant changes what is computed
     peft_type = "LORA"
@@ -255,8 +276,8 @@ class LoRALayer(Wrapper, AdapterLayer):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the compiler fuses the plain form by itself
             return self.plain(x)
         self.__dict__["read_and_not_called"] = False
-        frozen = not any(p is not None and p.requires_grad for p in self.base_layer._parameters.values())
-        if self.kind == "embedding" or not self.fused or not frozen or execution_device(self.base_layer) is not None:
+        fused = self.fused and self.kind in ("linear", "conv1d") and execution_device(self.base_layer) is None
+        if not fused or any(p is not None and p.requires_grad for p in self.base_layer._parameters.values()):
             return self.plain(x)
         dropout = self.dropout if self.training else 0.0
         return LoRAFunction.apply(x, *self.factors(), self.base_layer, self.scaling, dropout)
@@ -266,7 +287,10 @@ class LoRALayer(Wrapper, AdapterLayer):
         return x if self.kind == "embedding" else F.dropout(x.to(dtype), self.dropout, self.training)
 
     def product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """``x A^T B^T``, (..., out); for an embedding x holds row numbers."""
+        """``x A^T B^T``, (..., out); for an embedding x holds row numbers, for a convolution images (N, C, H, W)."""
+        if self.kind == "conv2d":  # A takes the place of the kernel, B that of one of 1 x 1
+            A = A.view(on_disk(self.base_layer, "lora_A", A.shape))  # (r, in, kernel height, kernel width)
+            return F.conv2d(self.base_layer._conv_forward(x, A, None), B[..., None, None])
         if self.kind != "embedding":
             return x @ A.T @ B.T
         scale = output_scale(self.base_layer)
@@ -286,7 +310,9 @@ class LoRALayer(Wrapper, AdapterLayer):
         if (form := self.plain_form()) is not None:
             keys = LoRALayer.keys_of(self.kind)
             return {keys["lora_A"]: form[0], keys["lora_B"]: form[1]}
-        return {key: getattr(self, name) for name, key in self.keys_of(self.kind).items()}
+        own = {key: (name, getattr(self, name)) for name, key in self.keys_of(self.kind).items()}
+        return {key: t.view(on_disk(self.base_layer, name, t.shape)) if self.kind == "conv2d" else t
+                for key, (name, t) in own.items()}
 
     # Merging
 
@@ -324,8 +350,7 @@ class LoRALayer(Wrapper, AdapterLayer):
             raise ValueError(f"the merged weight does not fit {W.dtype}: it holds infinite or NaN values")
         lost, update = (rounded.to(wide.dtype) - wide).norm(), (wide - W.to(wide.dtype)).norm()
         self.unmerged = self.base_layer.weight, float(lost / update) if update > 0 else 0.0
-        stored = rounded if self.kind == "linear" else rounded.T.contiguous()
-        self.base_layer.weight = nn.Parameter(stored, requires_grad=False)
+        self.base_layer.weight = nn.Parameter(as_stored(rounded, self.base_layer), requires_grad=False)
         return self.unmerged[1]
 
     def unmerge(self) -> None:
@@ -346,17 +371,8 @@ class LoRALayer(Wrapper, AdapterLayer):
             weight_read(self)
         return found
 
-    # A merged layer's state is that of a plain layer, so that a merged model is saved as any other
-
-    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        inner = self.base_layer if self.merged else super()
-        return inner.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        if not self.merged:
-            return super()._load_from_state_dict(state_dict, prefix, *args)
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            state_dict[f"{prefix}base_layer.{key[len(prefix):]}"] = state_dict.pop(key)
+    def replaced(self) -> dict[nn.Parameter, nn.Parameter]:
+        return {self.base_layer.weight: self.unmerged[0]} if self.merged else {}
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

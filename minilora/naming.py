@@ -1,5 +1,6 @@
 """What a module is called in the bare model: the names on disk and in messages, whatever stands around modules now."""
 
+import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
@@ -50,6 +51,18 @@ def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for key, p in module._parameters.items():
             if p is not None:
                 yield f"{name}.{key}" if name else key, p
+
+
+def starts(name: str) -> list[str]:
+    """The names of all that holds a module, from the whole model, "", down to itself."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a module belongs to: the stack of layers (its name up to the first number), or else
+    what holds it."""
+    return re.split(r"\.?\b\d+\b", name)[0] if re.search(r"\b\d+\b", name) else name.rpartition(".")[0]
 
 
 def suggest(wanted: str, names: Iterable[str]) -> str:

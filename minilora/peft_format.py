@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -11,19 +11,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .config import LoRAConfig, entry_matches, variants
+from .config import LoRAConfig, ends, entry_matches, variants
+from .hub_names import is_hub_model, names_here
 from .injection import adapter_layers, lora_layers
 from .layers import LoRALayer
 from .naming import bare, plain_modules
+from .parameters import StackedLoRA, TrainedRows
 from .tables import quoted
 from .trained_copy import TrainedCopy
 
 PREFIX = "base_model.model."
 
 # settings that make an adapter more than A and B on whole layers
-UNSUPPORTED = ("trainable_token_indices", "target_parameters", "layer_replication", "lora_bias",
-               "alora_invocation_tokens", "use_qalora",
-               "arrow_config", "use_bdlora", "kasa_config", "monteclora_config", "velora_config", "megatron_config")
+UNSUPPORTED = ("layer_replication", "lora_bias", "alora_invocation_tokens", "use_qalora", "arrow_config",
+               "use_bdlora", "kasa_config", "monteclora_config", "velora_config", "megatron_config")
 # settings that choose among the layers: the file's tensors name those that were chosen
 CHOOSING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 # starts that leave the base's weights alone; the others (pissa, olora, corda, loftq, lora_ga) subtract from them
@@ -34,13 +35,16 @@ KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 class AdapterFile:
     """An adapter as read from disk: its settings, its tensors by their keys, and its base's fingerprint or None.
 
-    `config` is a `LoRAConfig`, or that of a relative.
+    `config` is a `LoRAConfig`, or that of a relative. `half`: the fingerprint's weights, rounded to float16.
+    `unused`: what its settings name and no tensor bears out.
     """
 
     folder: Path
     config: Any
     tensors: dict[str, Tensor]
     base: str | None
+    half: str | None = None
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,10 @@ def config_of(model: nn.Module) -> LoRAConfig:
 
     A target is named by its last part where every module of that name is adapted, by its whole name elsewhere.
     """
-    layers = lora_layers(model)
+    layers, every = lora_layers(model), adapter_layers(model)
+    stacked = {name: layer for name, layer in every.items() if isinstance(layer, StackedLoRA)}
     flags = {(layer.use_rslora, *layer.chosen().items(), layer.dropout) for layer in layers.values()}
+    flags |= {(layer.use_rslora, 0.0) for layer in stacked.values()} if not layers else set()
     if len(flags) > 1:
         raise ValueError("the adapters differ in use_rslora, variant or dropout, which a file can only say once")
     (use_rslora, *chosen, dropout), = flags
@@ -94,10 +100,17 @@ def config_of(model: nn.Module) -> LoRAConfig:
     for name, layer in layers.items():
         form = layer.plain_form()
         ranks[name], alphas[name] = (layer.rank, layer.alpha) if form is None else (len(form[0]), form[2])
+    for name, layer in stacked.items():
+        ranks |= {f"{name}.{key}": rank for key, rank in layer.ranks.items()}
+        alphas |= {f"{name}.{key}": alpha for key, alpha in layer.alphas.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    whole = tuple(name for name, layer in adapter_layers(model).items() if isinstance(layer, TrainedCopy))
+    whole = tuple(name for name, layer in every.items() if isinstance(layer, TrainedCopy))
+    rows = {name: tuple(layer.tokens.tolist()) for name, layer in every.items()
+            if isinstance(layer, TrainedRows) and not layer.tied}
     # anchored: a pattern's key would also match the end of a longer name
+    parameters = tuple(f"{name}.{key}" for name, layer in stacked.items() for key in layer.ranks)
     return LoRAConfig(rank, alpha, tuple(sorted(targets)), dropout, use_rslora, **dict(chosen), modules_to_save=whole,
+                      trainable_tokens=rows, target_parameters=parameters,
                       rank_pattern={f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
                       alpha_pattern={f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha})
 
@@ -106,6 +119,9 @@ def peft_config(config: LoRAConfig, fan_in_fan_out: bool = False) -> dict:
     """The ``adapter_config.json`` of a config."""
     layer = variants()[config.variant]
     settings = {theirs: getattr(config, ours) for ours, theirs in settings_of(layer.peft_type).items()}
+    rows = {name: list(tokens) for name, tokens in config.trainable_tokens.items()}
+    settings |= {"trainable_token_indices": rows} if rows else {}
+    settings |= {"target_parameters": list(config.target_parameters)} if config.target_parameters else {}
     return settings | layer.constants | {
         "peft_type": layer.peft_type, "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
         "bias": "none", "fan_in_fan_out": fan_in_fan_out, "modules_to_save": list(config.modules_to_save) or None,
@@ -122,11 +138,14 @@ def usual_key(key: str) -> str:
     return re.sub(r"\.default(?=$|\.weight$)", "", key)
 
 
-def modules_of(keys: Iterable[str], layer: type[LoRALayer]) -> list[str]:
-    """The modules that a file's keys name as adapted."""
-    ends = {f".{end}" for kind in ("linear", "embedding") for end in layer.keys_of(kind).values()}
-    return list(dict.fromkeys(key[len(PREFIX):-len(end)] for key in keys for end in ends
-                              if key.startswith(PREFIX) and key.endswith(end)))
+def modules_of(adapter: AdapterFile) -> list[str]:
+    """The modules that a file's keys name as adapted; not those of stacked experts."""
+    layer = variants()[adapter.config.variant]
+    key_ends = {f".{end}" for kind in ("linear", "embedding") for end in layer.keys_of(kind).values()}
+    names = dict.fromkeys(key[len(PREFIX):-len(end)] for key in adapter.tensors for end in key_ends
+                          if key.startswith(PREFIX) and key.endswith(end))
+    holders = {entry.rpartition(".")[0] for entry in adapter.config.target_parameters}
+    return [name for name in names if holders.isdisjoint(ends(re.sub(r"(\.base_layer)+$", "", name)))]
 
 
 def moved(names: list[str], here: set[str]) -> tuple[str, str] | None:
@@ -152,37 +171,75 @@ def renamed(name: str, old: str, new: str) -> str | None:
 
 
 def by_names_here(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
-    """The adapter by the names of this model, where a version of the architecture has put its modules elsewhere."""
-    names, here = modules_of(adapter.tensors, variants()[adapter.config.variant]), {n for n, _ in plain_modules(model)}
-    if not names or any(name in here for name in names) or not (change := moved(names, here)):
+    """The adapter by the names of this model, where a version of the architecture has put its modules elsewhere or
+    calls them otherwise.
+
+    Raises:
+        ValueError: a module that the architecture has fused with others since.
+    """
+    names, here = modules_of(adapter), {name for name, _ in plain_modules(model)}
+    if all(name in here for name in names):
         return adapter
-    old, new = (name or "(nothing)" for name in change)
-    warnings.warn(f"{adapter.folder} names its modules {old}. ...; taken for {new}. ... of this model", stacklevel=4)
-    tensors = {PREFIX + renamed(key.removeprefix(PREFIX), *change): t for key, t in adapter.tensors.items()}
-    config = replace(adapter.config, target_modules=tuple(renamed(name, *change) for name in names), rank_pattern={
-        f"^{re.escape(renamed(n, *change))}": adapter.config.rank_of(n) for n in names}, alpha_pattern={
-        f"^{re.escape(renamed(n, *change))}": adapter.config.alpha_of(n) for n in names})
+    if is_hub_model(bare(model)):
+        new = names_here(bare(model), names)
+        if fused := [name for name, now in new.items() if now is None and name not in here]:
+            raise ValueError(f"{adapter.folder} adapts {', '.join(fused[:3])}{', ...' * (len(fused) > 3)}, which this "
+                             f"version of {type(bare(model)).__name__} fuses with others into one parameter: no module "
+                             "to put the adapter around. Load it with the version that it was made with")
+        if all(now in here for now in new.values()):
+            changed = next(name for name, now in new.items() if now != name)
+            return by_other_names(adapter, new, f"{changed}, say", f"{new[changed]}")
+    if any(name in here for name in names) or not (change := moved(names, here)):
+        return adapter
+    old, new = (f"{name or '(nothing)'}. ..." for name in change)
+    return by_other_names(adapter, {name: renamed(name, *change) for name in names}, old, new)
+
+
+def by_other_names(adapter: AdapterFile, new: dict[str, str], old: str, now: str) -> AdapterFile:
+    """The adapter with its modules called otherwise, which is said: they are called `old`, taken for `now`."""
+    warnings.warn(f"{adapter.folder} names its modules {old}; taken for {now} of this model", stacklevel=5)
+    layer, config = variants()[adapter.config.variant], adapter.config
+    keys = {keys_of(name, kind, layer)[own]: keys_of(here, kind, layer)[own] for name, here in new.items()
+            for kind in ("linear", "embedding") for own in keys_of(name, kind, layer)}
+    tensors = {keys.get(key, key): t for key, t in adapter.tensors.items()}
+    config = replace(config, target_modules=tuple(new.values()),
+                     rank_pattern={f"^{re.escape(here)}": config.rank_of(name) for name, here in new.items()},
+                     alpha_pattern={f"^{re.escape(here)}": config.alpha_of(name) for name, here in new.items()})
     return replace(adapter, config=config, tensors=tensors)
 
 
-def without(config: LoRAConfig, names: list[str], only: bool = False) -> LoRAConfig:
-    """The config without the keys of patterns that match none of the modules `names`; `only` these are its targets."""
-    unused = {"rank_pattern": set(config.rank_table.unused(names)),
-              "alpha_pattern": set(config.alpha_table.unused(names))}
-    left = {own: {k: v for k, v in getattr(config, own).items() if k not in keys} for own, keys in unused.items()}
-    return replace(config, **left, target_modules=tuple(names) if only else config.target_modules)
-
-
-def as_tensors_say(config: LoRAConfig, values: dict, tensors: dict[str, Tensor]) -> LoRAConfig:
-    """The config of a file with what its tensors say better: which modules a setting such as `layers_to_transform`
-    chose, and which keys of patterns are in use."""
-    names = modules_of(tensors, variants()[config.variant])
+def as_tensors_say(adapter: AdapterFile, values: dict) -> AdapterFile:
+    """The adapter with what its tensors say better than its settings: which modules a setting such as
+    `layers_to_transform` chose. Keys of patterns that match none of its modules come to `unused`."""
+    config, names = adapter.config, modules_of(adapter)
     if not names:
-        return config
+        return adapter
+    adapted = [*names, *config.target_parameters]
+    unused = {"rank_pattern": config.rank_table.unused(adapted), "alpha_pattern": config.alpha_table.unused(adapted)}
+    left = {own: {k: v for k, v in getattr(config, own).items() if k not in keys} for own, keys in unused.items()}
     # PEFT names both "classifier" and "score" as a classifier's head
-    whole = tuple(n for n in config.modules_to_save if any(f".{n}." in f".{key[len(PREFIX):]}" for key in tensors))
-    config = replace(config, modules_to_save=whole)
-    return without(config, names, any(is_set(values.get(setting)) for setting in CHOOSING))
+    paths = [f".{key[len(PREFIX):]}" for key in adapter.tensors]
+    whole = tuple(n for n in config.modules_to_save if any(f".{n}." in path for path in paths))
+    chosen = any(is_set(values.get(setting)) for setting in CHOOSING)
+    targets = tuple(names) if chosen else config.target_modules
+    return replace(adapter, config=replace(config, **left, modules_to_save=whole, target_modules=targets),
+                   unused=tuple(f"{own} {quoted(key)}" for own, keys in unused.items() for key in keys))
+
+
+def in_use(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
+    """The adapter without the names that neither a tensor of the file nor a module of this model bears, which are said:
+    keys of patterns, and targets (PEFT writes down what it was asked for, not what it found)."""
+    config, unused = adapter.config, list(adapter.unused)
+    if not isinstance(config.target_modules, str):
+        names = {end for n in modules_of(adapter) for end in ends(n)}
+        names |= {end for n, _ in plain_modules(model) for end in ends(n)}
+        kept = tuple(entry for entry in config.target_modules if entry in names)
+        unused += [f"target_modules {quoted(entry)}" for entry in config.target_modules if entry not in names]
+        config = replace(config, target_modules=kept) if kept else config
+    if unused:
+        warnings.warn(f"{adapter.folder}: no tensor of the adapter is meant by {', '.join(unused[:6])}"
+                      f"{', ...' * (len(unused) > 6)}: left out", stacklevel=4)
+    return replace(adapter, config=config)
 
 
 def settings_of(peft_type: str) -> dict[str, str]:
@@ -194,7 +251,8 @@ def settings_of(peft_type: str) -> dict[str, str]:
 def written(model: nn.Module) -> dict:
     """The ``adapter_config.json`` of a model's LoRA layers; with it, ``AutoPeftModelForCausalLM`` finds the base."""
     config = config_of(model)
-    settings = peft_config(config, all(layer.kind == "conv1d" for layer in lora_layers(model).values()))
+    kinds = {layer.kind for layer in lora_layers(model).values()}
+    settings = peft_config(config, kinds == {"conv1d"})
     hub = getattr(bare(model), "config", None)
     return settings | {"base_model_name_or_path": getattr(hub, "name_or_path", None) or None,
                        "task_type": task_of(bare(model), bool(config.modules_to_save))}
@@ -225,5 +283,8 @@ def read_lora(values: dict) -> LoRAConfig:
     found = {ours: values[theirs] for ours, theirs in settings_of(kind).items() if values.get(theirs) is not None}
     own = next((layer.choice for layer in variants().values() if layer.peft_type == kind != LoRALayer.peft_type), {})
     default = {"alpha": 8} if kind == LoRALayer.peft_type else {}
-    whole = {"modules_to_save": values["modules_to_save"]} if values.get("modules_to_save") else {}
-    return LoRAConfig(**default | {"target_modules": ()} | own | found | whole)
+    beside = {"modules_to_save": values.get("modules_to_save"), "target_parameters": values.get("target_parameters"),
+              "trainable_tokens": values.get("trainable_token_indices")}
+    if isinstance(beside["trainable_tokens"], list):  # PEFT's word for whatever embeds the tokens
+        beside["trainable_tokens"] = {"embed_tokens": beside["trainable_tokens"]}
+    return LoRAConfig(**default | {"target_modules": ()} | own | found | {k: v for k, v in beside.items() if v})

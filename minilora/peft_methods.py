@@ -184,7 +184,8 @@ class BitFit:
         modules = dict(model.named_modules())
         biased = [m for m in modules.values() if isinstance(getattr(m, "bias", None), nn.Parameter)]
         for m in biased:
-            require(kind_of(m) or isinstance(m, nn.LayerNorm), "a bias must be a linear's or a LayerNorm's", m)
+            require(kind_of(m) in ("linear", "conv1d") or isinstance(m, nn.LayerNorm),
+                    "a bias must be a linear's or a LayerNorm's", m)
         if self.add:
             kinds = {name: kind for name, m in modules.items() if name and (kind := kind_of(m))}
             biased += [modules[n] for n in choose(model, modules, kinds, LoRAConfig(target_modules=ALL_LINEAR))]

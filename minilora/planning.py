@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .bases import adapter_options, execution_device, kind_of, shape_of, why_not, words
+from .beside import beside
 from .config import ALL_LINEAR, LoRAConfig, entry_matches, scaling, variants
-from .layers import AdapterLayer, LoRALayer
+from .layers import AdapterLayer
 from .naming import bare, plain_modules, suggest
 from .tables import quoted, table
 
@@ -63,10 +64,8 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     """
     notes = {}
     rows = [row for row, _ in planned(model, config, notes=notes)]
-    for name, module in trained_whole(model, config).items():
-        params = list(module.parameters())
-        count = sum(p.numel() for p in params)
-        rows.append(PlannedModule(name, "whole", (count, 1), 0, 0, 1, count, sum(p.nbytes for p in params)))
+    rows += [PlannedModule(o.name, o.kind, (o.parameters, 1), 0, 0, 1, o.parameters, o.bytes)
+             for o in beside(model, config) if o.parameters]
     made = Plan(rows)
     made.notes = notes
     return made
@@ -83,11 +82,13 @@ def planned(model: nn.Module, config: LoRAConfig, any_rank: bool = False,
                          "layer in its place. Wrap it: nn.Sequential(model)")
     kinds = {name: kind for name, module in modules.items()
              if name and not inside_torch(modules, name) and (kind := kind_of(module))}
-    whole = trained_whole(model, config)
-    kinds = {name: kind for name, kind in kinds.items() if not any(f"{name}.".startswith(f"{w}.") for w in whole)}
-    targets = choose(model, modules, kinds, config, notes)
+    others = beside(model, config)
+    kinds = {name: kind for name, kind in kinds.items() if not any(other.covers(name) for other in others)}
+    targets = choose(model, modules, kinds, config, notes) if config.target_modules else []
+    for name in (name for other in others for name in other.of):
+        notes.pop(name, None)
     for what, patterns in (("rank_pattern", config.rank_table), ("alpha_pattern", config.alpha_table)):
-        for key in patterns.unused(targets):
+        for key in patterns.unused([*targets, *(name for other in others for name in other.of)]):
             raise ValueError(f"{what} key {quoted(key)} matches none of the targets; {suggest(key, targets)}")
     ties, rows, layer = tied(model), [], variants()[config.variant]
     away = [name for name in targets if any(p.is_meta for p in modules[name].parameters())
@@ -120,7 +121,7 @@ def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig, not
     wanted, notes = config.target_modules, {} if notes is None else notes
     if wanted == ALL_LINEAR:
         meant = [name for name, m in modules.items()
-                 if isinstance(m, nn.Linear) or kinds.get(name, "embedding") != "embedding"]
+                 if isinstance(m, nn.Linear) or kinds.get(name) in ("linear", "conv1d")]
         meant = [name for name in meant if not is_head(model, modules, name)]
         for name, m in modules.items():
             for key, p in m._parameters.items() if not isinstance(m, _ConvNd) else ():
@@ -153,17 +154,6 @@ def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig, not
     return found
 
 
-def trained_whole(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The outermost modules that `modules_to_save` names."""
-    modules = dict(plain_modules(model, seen=set())) if config.modules_to_save else {}
-    for entry in config.modules_to_save:
-        if not any(entry_matches(entry, name) for name in modules):
-            raise ValueError(f"modules_to_save: {quoted(entry)} matches no module; {suggest(entry, modules)}")
-    found = {name: m for name, m in modules.items()
-             if any(entry_matches(entry, name) for entry in config.modules_to_save)}
-    return {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}
-
-
 def is_head(model: nn.Module, modules: dict, name: str) -> bool:
     """Whether a linear is the output head: of a language model, or (all that a Hugging Face model has around its
     `base_model`) of a classifier."""
@@ -186,7 +176,7 @@ def tied(model: nn.Module) -> dict[str, set[str]]:
     """Module -> the other modules that have a parameter in the same place of the same storage."""
     users, others = defaultdict(set), defaultdict(set)
     for name, module in plain_modules(model, seen=set()):
-        kept = module.unmerged[:1] if isinstance(module, LoRALayer) else ()
+        kept = module.replaced().values() if isinstance(module, AdapterLayer) else ()
         for p in (*module.parameters(recurse=False), *kept):
             users[p.untyped_storage()._cdata, p.storage_offset()].add(name)
     for group in users.values():

@@ -19,6 +19,7 @@ class TrainedCopy(AdapterLayer):
     """
 
     peft_type, mergeable = "LORA", True
+    how = "whole (modules_to_save)"
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)

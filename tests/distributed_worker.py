@@ -199,7 +199,31 @@ def verbs(folder: Path) -> dict:
             "loaded": float((small.logits(again) - trained).abs().max()),
             "moved": float((small.logits(make()) - trained).abs().max()),
             "removed": "remove" in said or torch.equal(small.logits(m), small.logits(make()))}
+    found["fsdp 1"] = fsdp_1(folder)
     return found
+
+
+def fsdp_1(folder: Path) -> dict:
+    """Save from a model that FSDP 1 has cut, blocks and whole, after a step; merge must say no."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as Cut
+
+    here, m = folder / "fsdp 1", moved(inject(small.hf_llama(), ADAPTER))
+    m.model.layers = nn.ModuleList([Cut(layer, use_orig_params=True, device_id=torch.device("cpu"))
+                                    for layer in m.model.layers])
+    m = Cut(m, use_orig_params=True, device_id=torch.device("cpu"))
+    m(small.IDS).logits.square().mean().backward()
+    torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1).step()
+    with torch.no_grad():
+        trained = m(small.IDS).logits
+    save_adapter(m, here)
+    dist.barrier()
+    said = ""
+    try:
+        merge(m)
+    except ValueError as e:
+        said = str(e)
+    return {"loaded": float((small.logits(load_adapter(small.hf_llama(), here)) - trained).abs().max()),
+            "moved": float((small.logits(moved(inject(small.hf_llama(), ADAPTER))) - trained).abs().max()), "said": said}
 
 
 def main(job: str, folder: Path, *rest: str) -> None:

@@ -250,6 +250,25 @@ def test_made_on_meta_it_starts_right_once_it_has_memory(variant):
     assert all(p.isfinite().all() and p.grad.isfinite().all() for p in lora_parameters(model))
 
 
+# Copies of a base in 16 bits
+
+
+@pytest.mark.parametrize("saved, loaded", [(torch.float32, torch.float16), (torch.float16, torch.float32),
+                                           (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_a_copy_in_16_bits_is_the_same_base(saved, loaded, tmp_path):
+    """A copy of the fp32 base; or (the last) the bfloat16 base itself, cast to float16."""
+    base = hf_llama().to(saved if saved == torch.bfloat16 else torch.float32)
+    model = inject(copy.deepcopy(base).to(saved), LoRAConfig(2, 4))
+    shake(model)
+    save_adapter(model, tmp_path)
+    again = load_adapter(copy.deepcopy(base).to(loaded), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(lora_parameters(again), lora_parameters(model), strict=True))
+    torch.manual_seed(1)
+    other = type(base)(base.config).to(loaded)
+    with pytest.raises(ValueError, match="trained on another base: other weights"):
+        load_adapter(other, tmp_path)
+
+
 # Weights in formats that only their own kernels read
 
 
@@ -262,6 +281,28 @@ def test_a_float8_weight_is_refused_with_the_reason(dtype):
         inject(model, LoRAConfig(2, 4, ("up",)))
     made = plan(model, ALL)
     assert [row.name for row in made] == ["down"] and str(dtype) in made.notes["up"]
+
+
+class Packed(torch.Tensor):
+    """A stand-in for a weight of torchao's: a tensor subclass from its package, which only its kernels can read."""
+
+    __module__ = "torchao.dtypes"
+
+
+@pytest.mark.parametrize("targets", [("up",), "all-linear"])
+def test_a_weight_of_torchaos_is_refused_with_the_reason(targets):
+    model = MLP()
+    model.up.weight = nn.Parameter(model.up.weight.detach().as_subclass(Packed), requires_grad=False)
+    before = state(model)
+    if targets == "all-linear":
+        made = plan(model, ALL)
+        assert [row.name for row in made] == ["down"] and "up: left out, a Linear: its weight is a" in str(made)
+        assert type(inject(model, ALL).up) is nn.Linear
+        remove(model)
+    else:
+        with pytest.raises(ValueError, match="up, a Linear, which cannot be adapted: its weight is a .* of torch.float32"):
+            inject(model, LoRAConfig(2, 4, targets))
+    assert same(before, state(model))
 
 
 # State dicts
@@ -336,7 +377,7 @@ def test_what_a_regular_expression_matches_and_cannot_adapt_is_said_in_the_plan(
     model = nn.ModuleDict({"up": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "conv": nn.Conv1d(4, 4, 1)})
     made = plan(model, LoRAConfig(2, target_modules=".*"))
     assert [row.name for row in made] == ["up"] and list(made.notes) == ["norm", "conv"]
-    assert "norm: left out, a LayerNorm: expected Linear, Conv1D or Embedding" in str(made)
+    assert "norm: left out, a LayerNorm: expected Linear, Conv1D, Embedding or Conv2d" in str(made)
     with pytest.raises(ValueError, match="'norm' matches norm, a LayerNorm, which cannot be adapted"):
         plan(model, LoRAConfig(2, target_modules=("norm",)))
 
@@ -378,15 +419,44 @@ def test_the_adapters_name_in_keys_is_no_matter(tmp_path):
     assert torch.allclose(logits(load_adapter(hf_llama(), tmp_path)), logits(theirs), atol=1e-5)
 
 
-def test_a_target_of_which_the_file_has_no_tensor_is_left_out_by_name(tmp_path):
+@pytest.mark.parametrize("lost", ["layers.0.self_attn.v_proj", "v_proj", "layers.1.self_attn.v_proj.lora_A"])
+def test_a_target_of_which_the_file_has_no_tensor_is_missing_where_it_has_others(lost, tmp_path):
+    """Its own list says that it was adapted, and the tensors say that this part of the model was there."""
     pefts(tmp_path, target_modules=["q_proj", "v_proj"])
-    rewrite(tmp_path, lambda key: "" if "layers.0.self_attn.v_proj" in key else key)
-    with pytest.warns(UserWarning, match="has no tensors for model.layers.0.self_attn.v_proj, "
-                                         "which its targets mean too"):
-        assert len(lora_layers(load_adapter(hf_llama(), tmp_path))) == 3
-    rewrite(tmp_path, lambda key: "" if "layers.1.self_attn.v_proj.lora_A" in key else key)
-    with pytest.raises(ValueError, match="layers.1.self_attn.v_proj.lora_A.weight is missing"):
+    rewrite(tmp_path, lambda key: "" if lost in key else key)
+    with pytest.raises(ValueError, match=r"does not fit this model: .*v_proj.lora_A.weight is missing"):
         load_adapter(hf_llama(), tmp_path)
+
+
+class Tower2(nn.Module):
+    """A language model and, maybe, a vision tower with modules of the same names."""
+
+    def __init__(self, vision: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.language = nn.Module()
+        self.language.layers = nn.ModuleList([MLP(12, 12, 12), MLP(12, 12, 12)])
+        if vision:
+            self.vision = nn.Module()
+            self.vision.layers = nn.ModuleList([MLP(12, 12, 12)])
+
+    def forward(self, x):
+        for layer in (*self.language.layers, *(self.vision.layers if hasattr(self, "vision") else ())):
+            x = layer(x)
+        return x
+
+
+def test_a_part_of_the_model_of_which_the_file_has_nothing_is_left_out_by_name(tmp_path):
+    """The tensors disprove the list: the model that it was trained on had no such part, or left it alone."""
+    model = inject(Tower2(vision=False), LoRAConfig(2, 4, ("up", "down")))
+    shake(model)
+    save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="has no tensors for vision.layers.0.up, vision.layers.0.down, which its "
+                                         "targets mean too: left as they are"):
+        other = load_adapter(Tower2(vision=True), tmp_path, any_base=True)
+    assert len(lora_layers(other)) == 4 and type(other.vision.layers[0].up) is nn.Linear
+    x = torch.randn(3, 12)
+    assert torch.allclose(other(x), other.vision.layers[0](model(x)), atol=1e-6)
 
 
 def test_a_null_start_is_no_start_at_all(tmp_path):

@@ -512,7 +512,7 @@ Lookalike.__name__ = "Conv1D"
 def test_layers_that_do_something_else_are_refused(module):
     assert kind_of(module) is None
     with pytest.raises(
-        ValueError, match=f"a {type(module).__name__} cannot be adapted: expected Linear, Conv1D or Embedding"
+        ValueError, match=f"a {type(module).__name__} cannot be adapted: expected Linear, Conv1D, Embedding or Conv2d"
     ):
         LoRALayer(module, 1)
 

@@ -15,6 +15,7 @@ class DoRA(LoRALayer):
     """
 
     variant, choice = "dora", {"use_dora": True}
+    kinds = ("linear", "conv1d", "embedding")
     settings = LoRALayer.settings | {"use_dora": "use_dora"}
     keys = LoRALayer.keys | {"lora_magnitude": "lora_magnitude_vector"}
 

@@ -19,7 +19,7 @@ class PiSSA(LoRALayer):
         start_A, start_B: A0 (r, in) and B0 (out, r).
     """
 
-    variant = "pissa"
+    variant, kinds = "pissa", ("linear", "conv1d", "embedding")
 
     @classmethod
     def check(cls, config: LoRAConfig) -> None:
