@@ -95,12 +95,15 @@ def output_scale(base: nn.Module) -> Tensor | float:
 
 
 def dense_weight(base: nn.Module) -> Tensor:
-    """The layer's weight as (out, in): a view, or for a quantised layer a fresh tensor. A ValueError if it is away."""
+    """The layer's weight as (out, in): a view, or for a quantised layer a fresh tensor. A ValueError if it is away, or
+    in a format that cannot be read."""
     if execution_device(base) is not None and any(p.is_meta for p in base.parameters()):
         raise ValueError("the weight is offloaded and only visits the device: it cannot be read here")
     if quantised(base):
         return base.dequantize() if hasattr(base, "dequantize") else BITSANDBYTES[type(base).__name__](base)
     kind = kind_of(base)
+    if kind is None:  # quantised since it was injected, say
+        raise ValueError(f"the weight of a {type(base).__name__} cannot be read: {why_not(base)}")
     return base.weight if kind == "linear" else base.weight.flatten(1) if kind == "conv2d" else base.weight.T
 
 

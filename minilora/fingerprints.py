@@ -31,7 +31,8 @@ def marks(model: nn.Module) -> tuple[str, str, str]:
     base = {name: own.get(id(p), p).detach() for name, p in plain_parameters(model) if id(p) not in adapters}
     for name, p in sorted(base.items()):
         shapes.update(f"{name} {tuple(p.shape)}\n".encode())
-        entries = full_tensor(p).flatten()[:: max(1, p.numel() // 1024)].cpu()
+        p = p.dequantize() if type(p).__module__.startswith("torchao") else full_tensor(p)
+        entries = p.flatten()[:: max(1, p.numel() // 1024)].cpu()
         for dtype, found in ((torch.bfloat16, brain), (torch.float16, half)):
             found.update(name.encode() + entries.to(dtype).contiguous().view(torch.uint8).numpy().tobytes())
     return shapes.hexdigest()[:12], brain.hexdigest()[:12], half.hexdigest()[:12]

@@ -305,6 +305,22 @@ def test_a_weight_of_torchaos_is_refused_with_the_reason(targets):
     assert same(before, state(model))
 
 
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_a_base_of_torchaos_own_is_refused_before_and_after_injection(kind, tmp_path):
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    model, late = MLP(64, 64, 64), inject(MLP(64, 64, 64), ALL)
+    torchao.quantize_(model, getattr(torchao, kind)())
+    with pytest.raises(ValueError, match="up, a Linear, which cannot be adapted: its weight is a (Int8|Float8)Tensor"):
+        inject(model, LoRAConfig(2, 4, ("up",)))
+    torchao.quantize_(late, getattr(torchao, kind)())
+    x = torch.randn(3, 64)
+    for call in (lambda: late(x), lambda: merge(late)):
+        with pytest.raises(ValueError, match="the weight of a Linear cannot be read: its weight is a (Int8|Float8)Tensor"):
+            call()
+    save_adapter(late, tmp_path)
+    load_adapter(MLP(64, 64, 64), tmp_path, any_base=True)
+
+
 # State dicts
 
 
