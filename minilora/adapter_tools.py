@@ -21,7 +21,7 @@ from torch import Tensor
 from .adapters import CONFIG, WEIGHTS, AdapterFile, read_adapter
 from .config import LoRAConfig, variants
 from .layers import LoRALayer
-from .peft_format import PREFIX, keys_of
+from .peft_format import PREFIX, keys_of, modules_of
 from .spectrum import effective_rank, energy, frobenius, product_svdvals, rank_for_energy, stable_rank
 from .tables import plain, quoted, table
 
@@ -48,12 +48,15 @@ class Part:
 
 def parts_of(adapter: AdapterFile) -> tuple[list[Part], dict[str, Tensor]]:
     """The modules of an adapter in the order of the layers, and tensors that are none of theirs (PEFT may add a copy of
-    an embedding).
+    an embedding; stacked experts, whose spectra would be one each).
 
     Raises:
         ValueError: a factor without its partner, shapes or a rank that contradict each other or the config.
     """
-    rest, parts, config = dict(adapter.tensors), [], adapter.config
+    parts, config, adapted = [], adapter.config, set(modules_of(adapter))
+    stacked = {key: t for key, t in adapter.tensors.items() if config.target_parameters and ".lora_" in key
+               and key[len(PREFIX):].partition(".lora_")[0] not in adapted}
+    rest = {key: t for key, t in adapter.tensors.items() if key not in stacked}
     for kind in ("linear", "embedding"):
         end = keys_of("", kind)["lora_A"].removeprefix(PREFIX)
         for name in [key[len(PREFIX):-len(end)] for key in rest if key.startswith(PREFIX) and key.endswith(end)]:
@@ -61,6 +64,8 @@ def parts_of(adapter: AdapterFile) -> tuple[list[Part], dict[str, Tensor]]:
             if missing := [key for key in keys.values() if key not in rest]:
                 raise ValueError(f"the adapter in {adapter.folder} lacks {some(missing)}")
             A, B, *magnitude = (rest.pop(key) for key in keys.values())
+            if A.dim() == B.dim() == 4 and B.shape[2:] == (1, 1):  # a convolution's: a linear on patches
+                A, B = A.flatten(1), B.flatten(1)
             rank = config.rank_of(name)
             fits = A.dim() == B.dim() == 2 and len(A) == B.shape[1] == rank
             if not fits or any(m.shape != B.shape[:1] for m in magnitude):
@@ -74,7 +79,7 @@ def parts_of(adapter: AdapterFile) -> tuple[list[Part], dict[str, Tensor]]:
     if not parts:
         raise ValueError(f"the adapter in {adapter.folder} holds no LoRA factors: expected keys such as "
                          f"{keys_of('MODULE', 'linear')['lora_A']}")
-    return sorted(parts, key=lambda part: in_layer_order(part.name)), rest
+    return sorted(parts, key=lambda part: in_layer_order(part.name)), rest | stacked
 
 
 def in_layer_order(name: str) -> list:

@@ -83,6 +83,9 @@ def truncate_adapter(folder: str | os.PathLike, out: str | os.PathLike, *, rank:
     """
     adapter = read_adapter(folder, only=(LoRALayer.peft_type,))
     parts, _ = parts_of(adapter)
+    if adapter.config.target_parameters:
+        raise ValueError(f"{adapter.folder} adapts stacked experts ({adapter.config.target_parameters[0]}), which "
+                         "cannot be truncated")
     most = max(len(p.A) for p in parts)
     if rank is not None and rank > most:
         raise ValueError(f"rank {rank} is above the adapter's {most}: truncation only makes a rank smaller")
@@ -90,7 +93,8 @@ def truncate_adapter(folder: str | os.PathLike, out: str | os.PathLike, *, rank:
     cut = {p.name: named(p.name, truncate, p.B, p.A, p.scaling, energy=energy,
                          rank=None if rank is None else min(rank, *p.B.shape, *p.A.shape)) for p in parts}
     config = read_settings(adapter.folder) | rank_settings(cut)
-    tensors = dict(adapter.tensors) | tensors_of({p.name: (p.kind, cut[p.name]) for p in parts})
+    new = tensors_of({p.name: (p.kind, cut[p.name]) for p in parts})
+    tensors = adapter.tensors | {key: like(t, adapter.tensors[key]) for key, t in new.items()}
     write_adapter(out, tensors, config, adapter.base, adapter.half)
     return Written(Path(out), cut)
 
@@ -168,6 +172,13 @@ def rank_settings(modules: dict[str, LowRank]) -> dict:
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}  # anchored, as `config_of`
     return {"r": rank, "lora_alpha": rank, "rank_pattern": pattern, "alpha_pattern": pattern, "use_rslora": False}
+
+
+def like(t: Tensor, before: Tensor) -> Tensor:
+    """A factor of another rank in the form that a file has for it: of a convolution a kernel, or one of 1 x 1."""
+    if before.dim() == 2:
+        return t
+    return t[..., None, None] if before.shape[2:] == (1, 1) else t.view(-1, *before.shape[1:])
 
 
 def tensors_of(modules: dict[str, tuple[str, LowRank]]) -> dict[str, Tensor]:

@@ -24,7 +24,9 @@ from minilora import (
     save_adapter,
     unmerge,
 )
+from minilora.adapter_tools import inspect_adapter
 from minilora.adapters import CONFIG
+from minilora.extract import truncate_adapter
 from minilora.injection import lora_layers
 from minilora.parameters import StackedLoRA, TrainedRows
 from minilora.single_file import load_single_file
@@ -134,6 +136,18 @@ def test_a_convolution_is_not_routed(tmp_path):
     assert type(bank.model.first) is nn.Conv2d
 
 
+def test_a_convolutions_adapter_is_inspected_and_truncated(tmp_path):
+    shake(model := inject(Convolutions(kernel_size=3), LoRAConfig(3, 6, ("first", "second"))))
+    save_adapter(model, tmp_path / "a")
+    found = {m.name: m for m in inspect_adapter(tmp_path / "a").modules}
+    dense = lora_layers(model)["first"].dense_update(torch.float64)
+    assert found["first"].shape == (8, 27) and found["first"].norm == pytest.approx(float(dense.norm()), rel=1e-5)
+    truncate_adapter(tmp_path / "a", tmp_path / "cut", rank=2)
+    cut = lora_layers(load_adapter(Convolutions(kernel_size=3), tmp_path / "cut"))["first"]
+    left = (cut.dense_update(torch.float64) - dense).norm() / torch.linalg.svdvals(dense)[2]
+    assert cut.rank == 2 and float(left) == pytest.approx(1, rel=1e-4)
+
+
 # Rows of an embedding
 
 
@@ -229,6 +243,27 @@ def test_what_stacked_experts_cannot_do_is_refused():
                                          **{"target_parameters": ("experts.down_proj",)} | options))
 
 
+def test_files_with_stacked_experts_and_rows_are_inspected_and_kept_in_a_bank(tmp_path):
+    config = LoRAConfig(2, 4, ("q_proj",), target_parameters=("experts.down_proj",),
+                        trainable_tokens={"embed_tokens": (3, 7)})
+    shake(model := inject(mixtral(), config))
+    save_adapter(model, tmp_path)
+    spectrum = inspect_adapter(tmp_path)
+    assert {m.name.rpartition(".")[2] for m in spectrum.modules} == {"q_proj"}
+    assert sum("experts" in key for key in spectrum.others) == 4 and spectrum.unused == ()
+    with pytest.raises(ValueError, match="adapts stacked experts .* cannot be truncated"):
+        truncate_adapter(tmp_path, tmp_path / "cut", rank=1)
+    bank = AdapterBank(mixtral())
+    bank.load("a", tmp_path)
+    bank.use("a")
+    assert torch.allclose(logits(bank.model), logits(model), atol=1e-6)
+    bank.use(None)
+    assert torch.equal(logits(bank.model), logits(mixtral()))
+    with pytest.raises(ValueError, match="trains model.embed_tokens row by row .trainable_tokens., which can be used"):
+        with bank.route(["a", None, None]):
+            pass
+
+
 # The tokenizer beside the adapter
 
 
@@ -311,3 +346,7 @@ def test_names_that_no_tensor_bears_out_are_said_in_one_warning(tmp_path):
         "target_modules 'query': left out"]
     assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
     assert len(lora_layers(ours)) == 4
+    spectrum = inspect_adapter(tmp_path)
+    assert spectrum.unused == ("rank_pattern 'no_such'", "alpha_pattern 'nor'") == tuple(
+        spectrum.to_dict()["unused_settings"])
+    assert "keys that match none of its modules: rank_pattern 'no_such', alpha_pattern 'nor'\n" in str(spectrum)
