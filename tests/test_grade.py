@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -335,3 +336,15 @@ def test_without_ipython_grading_refuses(tmp_path, capsys, monkeypatch):
 def test_a_folder_without_notebooks_is_one_clear_error(tmp_path):
     done = subprocess.run([sys.executable, "-m", "minilora.grade", tmp_path / "none"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"no notebooks in {tmp_path / 'none'}\n")
+
+
+def test_a_checkout_in_the_folder_for_temporary_files_grades_too(tmp_path):
+    """Inside, a submission has a folder of its own to write to, which must not lie over the package."""
+    here = tmp_path / "checkout"
+    for name in ("minilora", "data"):
+        shutil.copytree(FOLDER.parent / name, here / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (here / "notebooks").symlink_to(FOLDER)
+    submit(tmp_path / "in", "own", {"merged_weight": f"from minilora import variants\n{MERGED}"})  # read when imported
+    said = subprocess.run([sys.executable, "-m", "minilora.grade", str(tmp_path / "in")], cwd=here, text=True,
+                          env=os.environ | {"PYTHONPATH": str(here), "TMPDIR": str(tmp_path)}, capture_output=True)
+    assert said.returncode == 0 and "own    4 of 4" in said.stdout, said.stdout + said.stderr
