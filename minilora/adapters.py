@@ -19,7 +19,7 @@ from .bases import on_disk
 from .beside import beside
 from .checkpoints import read_safetensors, save_tensors
 from .config import LoRAConfig, variants
-from .distributed import full_tensor, gathered_whole, is_main_process
+from .distributed import flat, full_tensor, gathered_whole, is_main_process
 from .fingerprints import fingerprint as fingerprint
 from .fingerprints import marks
 from .injection import adapter_layers, inject, remove
@@ -51,6 +51,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = N
     with gathered_whole(model):
         form = format_of(first_layer(model).peft_type)
         tensors = {key: full_tensor(t.detach()).cpu().contiguous() for key, t in places(model).items()}
+        if flat(model):  # it takes the memory back on the way out
+            tensors = {key: t.clone() for key, t in tensors.items()}
         (*base, half), config = marks(model), form.write(model)
     for key, t in tensors.items():
         if not t.isfinite().all():

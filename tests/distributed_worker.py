@@ -212,7 +212,7 @@ def fsdp_1(folder: Path) -> dict:
                                     for layer in m.model.layers])
     m = Cut(m, use_orig_params=True, device_id=torch.device("cpu"))
     m(small.IDS).logits.square().mean().backward()
-    torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1).step()
+    torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=100).step()
     with torch.no_grad():
         trained = m(small.IDS).logits
     save_adapter(m, here)

@@ -68,7 +68,7 @@ DECODERS = {name: SIZES for name in (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "stablelm",
     "olmo",
     "olmo2", "cohere", "starcoder2", "granite", "smollm3", "glm", "helium", "nemotron", "persimmon")}
-DECODERS |= {"opt": SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32}, "bloom": SIZES | {"n_layer": 2, "n_head": 4},
+DECODERS |= {"helium": SIZES | {"head_dim": 8}, "opt": SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32}, "bloom": SIZES | {"n_layer": 2, "n_head": 4},
              "falcon": SIZES | {"new_decoder_architecture": False, "ffn_hidden_size": 64}, "gpt2": GPT,
              "gptj": GPT | {"rotary_dim": 4}, "codegen": GPT | {"rotary_dim": 4}, "gpt_bigcode": GPT,
              "gpt_neo": SIZES | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
@@ -175,7 +175,8 @@ def dense(name: str, dtype: torch.dtype, folder: str, dead: list[str]) -> torch.
         rank, alpha = (next((v for key, v in p.items() if re.fullmatch(rf"(.*\.)?({key})", path)), values[usual])
                        for p, usual in zip(patterns, ("r", "lora_alpha")))
         module, delta = model.get_submodule(path), alpha / rank * B.flatten(1) @ A.flatten(1)
-        module.weight.data += (delta.T if hasattr(module, "nf") else delta).view(module.weight.shape)
+        delta = (delta.T if hasattr(module, "nf") else delta).view(module.weight.shape)
+        module.weight = torch.nn.Parameter(module.weight.detach() + delta)  # a new one: it may be tied to an embedding
     return model
 
 
