@@ -10,7 +10,7 @@ import pytest
 HOUSE = Path(__file__).parents[1] / "minilora"
 FILES = sorted(HOUSE.rglob("*.py"))
 # From the top floor down: a room may import those before it. A new room gets its place here.
-ORDER = ("__init__ tables shipped plots patterns config distributed bases layers variants naming trained_copy planning "
+ORDER = ("__init__ tables refusals shipped plots patterns config distributed bases layers variants naming trained_copy planning "
          "injection checkpoints pair peft_format adapters spectrum bank adapter_tools extract quant llama_config rotary "
          "fast_decode llama weight_store losses stream peft_methods train helpdesk tuning memory stream_run experiments "
          "grading check grade release page cli __main__ nbgrader_config").split()
