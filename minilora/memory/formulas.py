@@ -78,15 +78,32 @@ def worked_out(size: Size) -> Polynomial:
 def quotient(size: Size, a: Polynomial, b: Polynomial, whole: int, by: int) -> Polynomial:
     """a / b, if it comes out even; else a symbol that says it is rounded, up where -a was rounded down."""
     exact = int(size) * int(by) == int(whole)
-    if exact and len(b) == 1:
-        (divisor, factor), = b.items()
-        left = {product: Counter(product) - Counter(divisor) for product in a}
-        if all(left[p].total() == len(p) - len(divisor) for p in a):
-            return {tuple(sorted(left[p].elements())): a[p] / factor for p in a}
-    up = all(factor < 0 for factor in a.values())
+    if exact and (found := divided(a, b)) is not None:
+        return found
+    up = not exact and all(factor < 0 for factor in a.values())
     inside = f"{written({p: -f for p, f in a.items()} if up else a)} / {written(b)}"
     shown = f"({inside})" if exact else f"⌈{inside}⌉" if up else f"⌊{inside}⌋"
     return {(shown,): Fraction(-1 if up else 1)}
+
+
+def divided(a: Polynomial, b: Polynomial) -> Polynomial | None:
+    """a / b as a polynomial, leading product by leading product; None if it is none."""
+    symbols = sorted({symbol for product in (*a, *b) for symbol in product})
+    order = lambda product: tuple(product.count(symbol) for symbol in symbols)
+    lead, rest, found = max(b, key=order), dict(a), {}
+    while rest:
+        top = max(rest, key=order)
+        left = Counter(top) - Counter(lead)
+        if left.total() != len(top) - len(lead):
+            return None
+        part, factor = tuple(sorted(left.elements())), rest[top] / b[lead]
+        found[part] = factor
+        for product, times in b.items():
+            here = tuple(sorted(part + product))
+            rest[here] = rest.get(here, Fraction(0)) - factor * times
+            if not rest[here]:
+                del rest[here]
+    return found
 
 
 def written(terms: Polynomial) -> str:

@@ -55,7 +55,7 @@ def bar(bill: Bill, verdict: Verdict | None) -> Html:
     keys = [tag("span", tag("span", class_="swatch maybe", aria_hidden="true"), "gaps and scratch, at most ",
                 size(high - low))]
     if verdict:
-        keys.append(tag("span", tag("span", class_="swatch limit", aria_hidden="true"), "the end of what is usable"))
+        keys.append(tag("span", tag("span", class_="swatch limit", aria_hidden="true"), "where the card's memory ends"))
     return joined(tag("svg", *drawn, role="img", aria_label=about, width="100%", height=74, class_="bar"),
                   tag("p", *keys, class_="keys"))
 
@@ -63,7 +63,8 @@ def bar(bill: Bill, verdict: Verdict | None) -> Html:
 def curve(moments: list[tuple[int, str]], verdict: Verdict | None) -> Html:
     """The memory of one step over its moments, an operator each."""
     most = max(count for count, _ in moments)
-    whole = max(most, verdict.usable[1] if verdict else 0) * 1.05
+    end = verdict.usable[1] if verdict else 0
+    whole = max(most, end if end < 2 * most else 0) * 1.12  # a card with far more room would press the curve flat
     phases = stretches([PHASES[phase] for _, phase in moments])
     n = len(moments)
     top = [max(count for count, _ in moments[i * n // STEPS:max((i + 1) * n // STEPS, i * n // STEPS + 1)])
@@ -79,15 +80,16 @@ def curve(moments: list[tuple[int, str]], verdict: Verdict | None) -> Html:
     for tick in ticks(int(whole))[1:]:
         drawn += [tag("line", x1="0", x2="100%", y1=180 * y(tick) / HEIGHT, y2=180 * y(tick) / HEIGHT, class_="grid"),
                   tag("text", short(tick), x=4, y=180 * y(tick) / HEIGHT - 4, class_="tick first")]
-    if verdict:
+    if verdict and end < whole:
         top_y, bottom_y = (180 * y(count) / HEIGHT for count in verdict.usable[::-1])
-        drawn.append(tag("rect", tag("title", "the end of what is usable"), x=0, y=top_y, width="100%",
+        drawn.append(tag("rect", tag("title", "where the card's memory ends"), x=0, y=top_y, width="100%",
                          height=max(bottom_y - top_y, 1), class_="limit"))
     drawn += [tag("text", phase, x=percent((start + end) / 2 / n), y=196, class_="tick")
               for phase, start, end in phases if (end - start) / n > 0.12]
     when = 100 * max(range(n), key=lambda i: moments[i][0]) / n
     about = (f"Memory over one step: it begins at {bytes_text(moments[0][0])}, is at its most, {bytes_text(most)}, "
-             f"after {when:.0f}% of the step's operators, and ends at {bytes_text(moments[-1][0])}.")
+             f"after {when:.0f}% of the step's operators, and ends at {bytes_text(moments[-1][0])}."
+             + " The card's memory ends above this picture." * bool(end > whole))
     return joined(tag("svg", *drawn, role="img", aria_label=about, width="100%", height=202, class_="curve"),
                   tag("p", about, class_="quiet"))
 

@@ -9,9 +9,10 @@ from .answer import ask
 from .asked import START
 from .form import form
 from .html import Html, joined, tag
-from .parts import MORE
 
 FILES = {"page.css": "text/css", "page.js": "text/javascript", "licences.txt": "text/plain"}
+# what is seen at once, and formulas where the page is built once for many; whoever serves wants to start soon
+PARTS_AT_ONCE = {"served": ("changes", "curve"), "static": ("changes", "curve", "items")}
 HEADINGS = {"parts": "What takes it", "moment": "The fullest moment", "changes": "What to change first",
             "curve": "Over one step"}
 # no inline script or style, nothing from elsewhere; Pyodide compiles WebAssembly
@@ -27,19 +28,18 @@ def source(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def first_answer() -> dict:
-    """Every part of the answer to `START` but the grid of models, which takes long."""
+def first_answer(parts: tuple[str, ...]) -> dict:
+    """The answer to `START`, with these of its further parts."""
     reply = ask({"state": START}, budget=60)
-    for part in MORE:
-        if part != "models":  # it takes long
-            reply["html"] |= ask({"state": START, "part": part}, budget=60)["html"]
+    for part in parts:
+        reply["html"] |= ask({"state": START, "part": part}, budget=60)["html"]
     return reply
 
 
 @cache
 def document(answers: str, bytes_to_load: int = 0) -> str:
     """The page. `answers`: who does, "served" (a Python that serves it) or "static" (one in the browser)."""
-    reply = first_answer()
+    reply = first_answer(PARTS_AT_ONCE[answers])
     html = {name: Html(text) for name, text in reply["html"].items()}
     parts = [tag("section", tag("h2", heading, id=f"h-{name}"), tag("div", html[name], id=name),
                  aria_labelledby=f"h-{name}", class_=f"part s-{name}") for name, heading in HEADINGS.items()]

@@ -7,7 +7,7 @@ from .html import Html, joined, tag
 from .options import FIRST, Option, State, options
 
 LABELS = {"model": "Model", "config": "or a config.json", "card": "Card", "cards": "How many cards",
-          "zero": "Shared out (ZeRO stage)", "method": "Method", "rank": "Rank", "targets": "Targets", "batch": "Batch",
+          "zero": "ZeRO stage", "method": "Method", "rank": "Rank", "targets": "Targets", "batch": "Batch",
           "seq": "Sequence, tokens", "stack": "Stack", "serve": "Answer prompts instead of training"}
 CHOICES = {"full": "full: every weight trains", "lora": "lora: adapters on a 16-bit base",
            "qlora": "qlora: adapters on a 4-bit base"}

@@ -6,7 +6,7 @@ from ..memory.cards import CARDS, Card
 from ..memory.fitting import Verdict, judge
 from ..tables import bytes_text
 from .asked import Asked
-from .html import Html, joined, size, span, table_of, tag
+from .html import Html, joined, size, span, table_of, tag, unseen
 from .render import CLASS, MARK, address, mark
 
 
@@ -27,7 +27,7 @@ def cards(was: Asked) -> Html:
         state = tuple(sorted((dict(was.state) | {"card": card.name}).items()))
         name = tag("a", card.name, href=address(state), aria_current="true" if here else None)
         rows.append((name, mark(found.answer), span(*card.usable), size(found.margin)))
-    return table_of(("card", "", "usable", "left at worst"), rows, numbers=(3,))
+    return table_of(("card", unseen("verdict"), "usable", "left at worst"), rows, numbers=(3,), spare=(2,))
 
 
 def models(card: Card, ways: tuple[str, ...], rows: list[tuple[str, list[Cell]]], of: int) -> Html:

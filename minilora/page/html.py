@@ -34,11 +34,16 @@ def span(low: int, high: int) -> Html:
     return joined(size(low), " to ", size(high))
 
 
-def table_of(head: tuple, rows: list[tuple], caption: str = "", numbers: tuple[int, ...] = ()) -> Html:
-    """A table whose first column heads its rows; `numbers`: columns that stand to the right."""
-    classes = ["number" if i in numbers else None for i in range(len(head))]
+def unseen(text: str) -> Html:
+    """For those who listen alone."""
+    return tag("span", text, class_="unseen")
+
+
+def table_of(head: tuple, rows: list[tuple], numbers: tuple[int, ...] = (), spare: tuple[int, ...] = ()) -> Html:
+    """A table whose first column heads its rows; `numbers`: columns that stand to the right; `spare`: that a narrow
+    screen does without."""
+    classes = [" ".join(["number"] * (i in numbers) + ["spare"] * (i in spare)) or None for i in range(len(head))]
     body = [tag("tr", *(tag("td" if i else "th", cell, class_=classes[i], scope=None if i else "row")
                         for i, cell in enumerate(row))) for row in rows]
-    return tag("table", *([tag("caption", caption)] if caption else []),
-               tag("thead", tag("tr", *(tag("th", cell, class_=c, scope="col") for cell, c in zip(head, classes)))),
-               tag("tbody", *body))
+    return tag("table", tag("thead", tag("tr", *(tag("th", cell, class_=c, scope="col")
+                                                 for cell, c in zip(head, classes)))), tag("tbody", *body))

@@ -105,7 +105,7 @@ async function answer() {
   const reply = await ask({ state, size: large }, mine);
   if (mine !== turn) return;
   document.body.removeAttribute("aria-busy");
-  $("answer").classList.toggle("old", Boolean(reply.error));
+  document.querySelector("main")?.classList.toggle("old", Boolean(reply.error));
   if (reply.error) refuse(reply.error);
   else show(reply);
   $("answer").dataset.of = asked;

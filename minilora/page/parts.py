@@ -19,7 +19,7 @@ Reply = dict[str, Any]
 
 
 def bill(was: Asked, budget: float) -> Reply:
-    """The answer itself, with what of it is cheap: everything but `MORE`."""
+    """The answer itself, with what of the rest is cheap."""
     html = {"verdict": render.verdict(was), "parts": charts.bar(was.bill, was.verdict) + render.parts(was.bill),
             "moment": render.moment(was.bill), "items": render.items(was.bill),
             "cards": grids.cards(was)}
@@ -102,4 +102,3 @@ def cell(was: Asked, model: str, method: str, card: Card) -> grids.Cell:
 
 PARTS: dict[str, Callable[[Asked, float], Reply]] = {"bill": bill, "changes": changes, "curve": curve, "items": items,
                                                      "models": models}
-MORE = tuple(PARTS)[1:]

@@ -9,12 +9,13 @@ from ..memory.cards import CARDS
 from ..memory.fitting import CLOSE, FITS, FRAGMENTATION, NOT, judge, need
 from ..tables import bytes_text
 from .asked import Asked
-from .html import Html, joined, size, span, table_of, tag
+from .html import Html, joined, size, span, table_of, tag, unseen
 
 CLASS = {FITS: "fits", CLOSE: "close", NOT: "not"}
 MARK = {FITS: "✓", CLOSE: "≈", NOT: "✕"}
 SENTENCE = {FITS: "It fits.", CLOSE: "Too close to call.", NOT: "It does not fit."}
-HELD = 5  # items shown beside the moment of the peak
+HELD = 6  # items shown beside the moment of the peak
+WEIGHTS = ("frozen weights", "trainable weights")
 
 
 @dataclass(frozen=True)
@@ -104,18 +105,20 @@ def swatch(part: str) -> Html:
 
 
 def moment(bill: Bill) -> Html:
-    """When most is held, and by what."""
-    largest = sorted(bill.rows, key=lambda row: -row.bytes)[:HELD]
-    return joined(tag("p", "Most is held at: ", tag("strong", bill.moment), ". The largest of it:"),
-                  tag("ul", *(tag("li", swatch(row.part), f"{row.name} ", tag("span", row.part, class_="quiet"), " ",
-                                  size(row.bytes)) for row in largest)))
+    """When most is held, and by what, weights that stay aside."""
+    weights = sum(count for part, count in bill.parts.items() if part in WEIGHTS)
+    largest = sorted((row for row in bill.rows if row.part not in WEIGHTS), key=lambda row: -row.bytes)[:HELD]
+    return joined(tag("p", "Most is held at: ", tag("strong", bill.moment), ". The weights have ", size(weights),
+                      " of it; the largest of the rest:"),
+                  tag("ul", *(tag("li", swatch(row.part), size(row.bytes), f" {row.name} ",
+                                  tag("span", row.part, class_="quiet")) for row in largest)))
 
 
 def changes(was: Asked, found: list[Tried]) -> Html:
     """What makes the peak smaller, the most first, each with a link that applies it."""
     if not found:
         return tag("p", "No single change that we know of makes it smaller.", class_="quiet")
-    head = ("change", "saves", *(["then"] if was.card else []), "")
+    head = ("change", "saves", *(["then"] if was.card else []), unseen("apply"))
     rows = [(change.what, size(change.saves), *([mark(change.answer)] if was.card else []),
              tag("a", "apply", class_="button", href=address(change.state), aria_label=f"apply: {change.what}"))
             for change in found]

@@ -46,6 +46,10 @@ class Refused(Exception):
 class Handler(BaseHTTPRequestHandler):
     server: "Page"
     server_version, sys_version = "minilora", ""
+    wbufsize = -1  # an answer goes out whole
+    default_request_version = "HTTP/1.0"  # what is refused before its version is read has a status too
+    command = path = requestline = ""
+    request_version, replied = default_request_version, False
 
     def setup(self) -> None:
         super().setup()
@@ -64,10 +68,11 @@ class Handler(BaseHTTPRequestHandler):
             if not self.raw_requestline:
                 return
             if len(self.raw_requestline) > 65536:
-                self.requestline, self.request_version, self.command = "", "HTTP/1.0", ""
                 raise Refused(414, "the address is too long")
             if self.parse_request():
                 self.answer()
+            elif not self.replied:
+                raise Refused(400, "an empty line is no request")
         except TimeoutError:
             self.refuse(408, f"a request has {self.server.seconds:g} seconds to come")
         except Refused as error:
@@ -116,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, f"the question is no JSON: {error}") from None
 
     def reply(self, status: int, kind: str, text: str) -> None:
-        content = text.encode()
+        content, self.replied = text.encode(), True
         self.send_response(status)
         for name, value in {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": len(content),
                             "Content-Security-Policy": f"{POLICY}; frame-ancestors 'none'",
@@ -127,6 +132,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+        self.wfile.flush()
 
     def refuse(self, status: int, why: str) -> None:
         self.close_connection = True
