@@ -31,7 +31,10 @@ def size(count: int) -> Html:
 
 
 def span(low: int, high: int) -> Html:
-    return joined(size(low), " to ", size(high))
+    """A range; its unit once, where both have the same."""
+    (first, unit), last = bytes_text(low).split(), bytes_text(high).split()[1]
+    low_shown = tag("data", first, value=low, title=f"{low:,} bytes") if unit == last else size(low)
+    return joined(low_shown, " to ", size(high))
 
 
 def unseen(text: str) -> Html:
