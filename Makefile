@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v pyth
 BIN := .venv/bin
 ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)  # as in a container
 
-.PHONY: lab run test lint release grade clean
+.PHONY: lab run test lint page browser release grade clean
 
 # the student version, in release/; what has been worked on there is kept
 lab: release
@@ -19,7 +19,7 @@ SCRATCH := $(or $(TMPDIR),/tmp)/minilora-$(shell id -u)
 TESTED := HOME=$(SCRATCH) MPLCONFIGDIR=$(SCRATCH) HYPOTHESIS_STORAGE_DIRECTORY=$(SCRATCH)/hypothesis OMP_NUM_THREADS=1
 PYTEST := $(TESTED) $(BIN)/python -m pytest -p no:cacheprovider -n 2 --dist loadfile --durations 15
 
-test: .venv/.dev lint
+test: .venv/.dev lint browser
 	mkdir -p -m 700 $(SCRATCH)
 	$(TESTED) $(BIN)/python -c "import matplotlib.font_manager"
 	$(PYTEST) tests
@@ -28,6 +28,18 @@ test: .venv/.dev lint
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
+
+# the calculator as a folder of static files, site/, for any web server
+page: .venv/.base node_modules/.done
+	$(BIN)/python tools/page_site.py
+
+# Python for the browser, and the check of accessibility: where npm cannot bring them, the tests that need them are skipped
+browser:
+	@$(MAKE) --no-print-directory node_modules/.done || echo "npm brings nothing here: the page is not tested in Pyodide"
+
+node_modules/.done: package.json package-lock.json
+	npm ci --no-audit --no-fund --fetch-retries 1
+	touch $@
 
 release: .venv/.base
 	$(BIN)/python -m minilora.release notebooks release

@@ -1,12 +1,12 @@
 """The command line: ``minilora COMMAND ...``. What a command does stands in its room."""
 
-import argparse
 import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
 
 from . import __version__
+from .refusals import REFUSED, Parser, refusal
 from .tables import plain
 
 # command -> the room that has the function of the same name and "_command", and what it does
@@ -21,18 +21,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cards": ("memory.cli", "the cards, and how much of each a run may use"),
     "wire": ("experiments", "what a training step sends to other processes, counted: to be run under torchrun"),
     "stream": ("stream_run", "train on a base that stays on disk or in host memory, beside the plan"),
+    "page": ("page", "the calculator in the browser, answered by this Python on this machine alone"),
     "trace": ("memory.cli", "what one training step of a Hugging Face architecture would allocate on a GPU, traced"),
 }
-
-# package that a command may do without until it is asked for -> the extra that brings it
-EXTRAS = {"matplotlib": "notebooks", "IPython": "notebooks", "transformers": "hf", "peft": "hf", "nbgrader": "teach"}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is a ValueError: one line, no usage."""
-
-    def error(self, message: str):
-        raise ValueError(message)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,8 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()
     except BrokenPipeError:  # whoever reads, `head` say, has had enough
         forget_output()
-    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RecursionError) as error:
-        print(plain(f"minilora {name}: {' '.join(told(error).split())}"), file=sys.stderr)
+    except REFUSED as error:
+        print(refusal(name, error), file=sys.stderr)
         forget_output()
         return 2
     except KeyboardInterrupt:
@@ -77,24 +68,3 @@ def forget_output() -> None:
         pass
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def told(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return missing(error)
-    if isinstance(error, RecursionError):
-        return f"something is nested too deeply: {error}"
-    return f"there is not enough memory: {error}" if isinstance(error, MemoryError) else str(error)
-
-
-def missing(error: ModuleNotFoundError) -> str:
-    """What to install for a package that is not there.
-
-    Raises:
-        ModuleNotFoundError: what is not there is a room of our own.
-    """
-    package = str(error.name).partition(".")[0]
-    if package == __package__:
-        raise error
-    wanted = f"'minilora[{EXTRAS[package]}]'" if package in EXTRAS else package
-    return f"this needs {package}, which is not installed: pip install {wanted}"

@@ -10,7 +10,7 @@ import pytest
 HOUSE = Path(__file__).parents[1] / "minilora"
 FILES = sorted(HOUSE.rglob("*.py"))
 # From the top floor down: a room may import those before it. A new room gets its place here.
-ORDER = ("__init__ tables shipped plots patterns config distributed bases layers variants naming trained_copy "
+ORDER = ("__init__ tables refusals shipped plots patterns config distributed bases layers variants naming trained_copy "
          "parameters beside planning injection checkpoints pair hub_names fingerprints peft_format adapters "
          "single_file spectrum bank adapter_tools extract quant llama_config rotary fast_decode llama weight_store "
          "losses stream peft_methods train helpdesk tuning memory stream_run experiments grading check grade "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minilora import __version__, cli
+from minilora import __version__, cli, refusals
 from minilora.cli import COMMANDS, main
 
 
@@ -59,7 +59,7 @@ def test_a_room_of_ours_that_is_not_there_is_no_missing_package(monkeypatch):
 def test_every_extra_that_is_named_is_there():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for package, extra in cli.EXTRAS.items():
+    for package, extra in refusals.EXTRAS.items():
         assert any(package.lower() in line.lower() for line in extras[extra]), (package, extra)
 
 

@@ -46,6 +46,7 @@ RIGHT = {
     "wire": ["wire"],
     "stream": ["stream", "--plan", "--model", "qwen2.5-0.5b"],
     "trace": ["trace", "--config", "hf"],
+    "page": ["page"],
 }
 FITS = {("memory", "--prompt"), ("memory", "--new"), ("memory", "--adapters")}  # options of --serve
 

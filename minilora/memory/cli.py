@@ -26,13 +26,7 @@ R = TypeVar("R", Training, Serving)
 
 def memory_command(parser, arguments: list[str]) -> None:
     """What a training step of a model needs, or with --serve the answer to prompts."""
-    add_run_options(parser)
-    parser.add_argument("--card", help="also say whether it fits this card: `cards` lists them")
-    parser.add_argument("--serve", action="store_true", help="answer prompts instead of training")
-    serving = parser.add_argument_group("with --serve, in the place of --seq and of all that trains")
-    for field in fields(Serving):
-        if field.name not in Training.__dataclass_fields__:
-            add_option(serving, field)
+    add_memory_options(parser)
     options = parser.parse_args(arguments)
     if options.config and not options.serve and not has_closed_form(options):
         return by_trace(options)
@@ -45,8 +39,7 @@ def memory_command(parser, arguments: list[str]) -> None:
 
         verdict = judge(bill, options.card)
     if options.json:
-        print(json.dumps({"assumptions": run.assumptions()} | bill.to_dict()
-                         | ({"card": verdict.to_dict()} if verdict else {}), indent=2))
+        print(json.dumps(as_dict(run, bill, verdict), indent=2))
         return
     more = [verdict] * bool(verdict)
     if verdict and not options.serve:
@@ -71,10 +64,14 @@ def by_trace(options) -> None:
         card = Card.of(options.card)
         verdict = Verdict(card, (bill.peak, int(bill.peak * FRAGMENTATION) + WORKSPACE + bill.scratch), card.usable)
     if options.json:
-        print(json.dumps({"assumptions": run.assumptions()} | bill.to_dict()
-                         | ({"card": verdict.to_dict()} if verdict else {}), indent=2))
+        print(json.dumps(as_dict(run, bill, verdict), indent=2))
     else:
         print(filled(run.assumptions()), bill, *[verdict] * bool(verdict), sep="\n\n")
+
+
+def as_dict(run, bill, verdict) -> dict:
+    """What `memory --json` prints."""
+    return {"assumptions": run.assumptions()} | bill.to_dict() | ({"card": verdict.to_dict()} if verdict else {})
 
 
 def fit_command(parser, arguments: list[str]) -> None:
@@ -189,6 +186,17 @@ def add_run_options(parser) -> None:
         if field.name != "target_modules":
             add_option(parser, field)
     parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def add_memory_options(parser) -> None:
+    """All that `memory` can be asked, here and on the page."""
+    add_run_options(parser)
+    parser.add_argument("--card", help="also say whether it fits this card: `cards` lists them")
+    parser.add_argument("--serve", action="store_true", help="answer prompts instead of training")
+    serving = parser.add_argument_group("with --serve, in the place of --seq and of all that trains")
+    for field in fields(Serving):
+        if field.name not in Training.__dataclass_fields__:
+            add_option(serving, field)
 
 
 def add_option(parser, field) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..config import is_number
 from ..tables import quoted
 
+LARGEST = 2**20  # bytes of a config.json: one that names a thousand labels has a tenth
 MOST = {"num_hidden_layers": 10_000}  # no model is deeper
 # what a size is also called: new name where the old one is asked for, and the other way round
 OTHER_NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "hidden_size": "n_embed",
@@ -64,14 +65,27 @@ def read_config(path: Path) -> tuple[dict, str]:
     if not file.is_file():
         raise ValueError(f"there is no {file}; expected a folder with a config.json, or the file itself")
     try:
-        config = json.loads(file.read_text())
+        check_size(file.stat().st_size, file)
+        return parsed(file.read_bytes(), file), file.parent.name or file.name
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
+
+
+def check_size(size: int, file: Path | str) -> None:
+    """Refuse what is no config.json by its bytes alone."""
+    if size > LARGEST:
+        raise ValueError(f"{file} has {size:,} bytes, expected a config.json of at most {LARGEST:,}")
+
+
+def parsed(content: bytes, file: Path | str) -> dict:
+    """The JSON object that a file called so holds."""
+    try:
+        config = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds a {type(config).__name__}, expected an object with fields")
-    return config, file.parent.name or file.name
+    return config
 
 
 def suggest(wanted: str, names: Iterable[str]) -> str:

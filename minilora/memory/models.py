@@ -278,16 +278,17 @@ class ModelSpec:
         return PRESETS[name]
 
     @classmethod
-    def from_config(cls, source: str | Path | Mapping, family: str | None = None) -> "ModelSpec":
+    def from_config(cls, source: str | Path | Mapping, family: str | None = None, name: str = "config") -> "ModelSpec":
         """Read a Hugging Face ``config.json``: a folder that has one, the file itself, or its contents as a dict.
 
         Args:
             family: read it as this model_type, whatever it says of itself.
+            name: what to call contents that do not say their name.
 
         Raises:
             ValueError: no file, no JSON, an unknown family, a field missing or of a nonsense value: each by name.
         """
-        config, name = (source, "config") if isinstance(source, Mapping) else read_config(Path(source))
+        config, name = (source, name) if isinstance(source, Mapping) else read_config(Path(source))
         kind = family or config.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(unknown_family(kind, config, name))
