@@ -12,7 +12,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 # From the top floor down: a room may import those before it. A new room gets its place here.
 ORDER = ("__init__ tables shipped plots patterns config distributed bases layers variants naming trained_copy planning "
          "injection checkpoints pair peft_format adapters spectrum bank adapter_tools extract quant llama_config rotary "
-         "fast_decode llama weight_store losses stream peft_methods train helpdesk tuning memory stream_run experiments "
+         "fast_decode llama weight_store losses stream peft_methods train helpdesk memory stream_run tuning experiments "
          "grading check grade release page cli __main__ nbgrader_config").split()
 # who grades reads in a student's process what a checker says: two rooms of one floor
 NEIGHBOURS = {"grading": {"check"}}
