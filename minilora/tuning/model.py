@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import distributed
 from ..config import check_name, require
 from ..losses import IGNORE, ChunkedCrossEntropy
 
@@ -15,7 +16,9 @@ DEVICES = ("cuda", "mps", "cpu")
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name; by default cuda, mps or cpu, the first that is there."""
+    """The device of that name; by default cuda, mps or cpu, the first that is there; under torchrun this process's."""
+    if name is None and distributed.many():
+        return distributed.device()
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, number = name.partition(":")

@@ -294,6 +294,7 @@ class Run:
         tensors = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()}
         if distributed.is_main_process():
             write_file(self.folder / BEST, lambda path: save_tensors(tensors, path, {"step": str(step)}))
+        distributed.wait_for_all()
 
     def recall(self) -> int | None:
         """Put the best weights back; the step they are of, None where there was no validation."""
@@ -349,6 +350,7 @@ def save(result: Result, rows: Rows, tokens: Tokens, tokenizer: Any, model: nn.M
             model.save_pretrained(folder)
     else:
         save_adapter(model, folder)
+    distributed.wait_for_all()
     if not distributed.is_main_process():
         return
     tokenizer.save_pretrained(folder)
