@@ -1,8 +1,6 @@
 """After a run: score a base beside its adapter, also on what it may have forgotten; talk to both; merge for good."""
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +39,17 @@ def base_of(adapter: str | Path) -> str:
     return base
 
 
-def open_model(model: str | None, adapter: str | None, device: str | None = None, dtype: str | None = None):
-    """(model, tokenizer): of the base, or of the base that an adapter names."""
+def open_model(model: str | None, adapter: str | None, device: str | None = None, dtype: str | None = None,
+               as_trained: bool = False):
+    """(model, tokenizer): of the base, or of the base that an adapter names; `as_trained`: in 4 bits, if the adapter
+    was trained on it so."""
     name = model or base_of(adapter)
     missing_folder(name)
     where = pick_device(device)
-    return load_model(name, pick_dtype(dtype, where), where), load_tokenizer(name)
+    net = load_model(name, pick_dtype(dtype, where), where)
+    if as_trained and adapter is not None and was_four_bit(adapter):
+        quantise_model(net)
+    return net, load_tokenizer(name)
 
 
 # ---------------------------------------------------------------- scores
@@ -160,7 +163,11 @@ class Talk:
 HELP = "/base, /NAME: only that voice; /all: side by side; /reset: begin again; /quit"
 
 
-def converse(talk: Talk, lines: Iterator[str], write: Callable[[str], Any] = sys.stdout.write) -> None:
+def spoken(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def converse(talk: Talk, lines: Iterator[str], write: Callable[[str], Any] = spoken) -> None:
     """A conversation by lines: what begins with / is for us, see `HELP`."""
     for line in lines:
         line = line.strip()
@@ -177,7 +184,7 @@ def converse(talk: Talk, lines: Iterator[str], write: Callable[[str], Any] = sys
         elif line:
             for voice in talk.active:
                 write(f"{voice}: ")
-                talk.say(line, voice, lambda piece: (write(piece), getattr(sys.stdout, "flush", nullcontext)()))
+                talk.say(line, voice, write)
                 write("\n")
 
 

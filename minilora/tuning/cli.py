@@ -100,7 +100,7 @@ def chat_command(parser, arguments: list[str]) -> None:
     template = template_of(vars(options)).get("template")
     from .after import HELP, Talk, converse, open_model
 
-    model, tokenizer = open_model(options.model, next(iter(named.values()), None), options.device, options.dtype)
+    model, tokenizer = open_model(options.model, next(iter(named.values()), None), options.device, options.dtype, True)
     talk = Talk(model, tokenizer, named, system=options.system, max_new=options.max_new, any_base=options.any_base,
                 temperature=options.temperature, template=template)
     if options.prompt is not None:
@@ -130,7 +130,7 @@ def eval_command(parser, arguments: list[str]) -> None:
     template = template_of(vars(options)).get("template")
     from .after import evaluate, open_model
 
-    model, tokenizer = open_model(options.model, options.adapter, options.device, options.dtype)
+    model, tokenizer = open_model(options.model, options.adapter, options.device, options.dtype, True)
     found = evaluate(model, tokenizer, files, options.adapter, batch=options.batch, seq=options.seq,
                      any_base=options.any_base, template=template)
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)

@@ -25,7 +25,7 @@ from ..injection import adapter_layers, inject
 from ..memory.run import METHODS, Training
 from ..quant import quantise_model
 from ..tables import bytes_text
-from ..train import Log, seed_everything, train
+from ..train import SCHEDULES, Log, seed_everything, train
 from . import card
 from .batches import Tokens, batches, split, steps_an_epoch, tokenised
 from .data import Rows, read_rows
@@ -70,6 +70,7 @@ class Settings:
 
     def __post_init__(self):
         check_name("method", self.method, METHODS)
+        check_name("schedule", self.schedule, SCHEDULES)
         for name, least in (("rank", 1), ("batch", 1), ("accumulation", 1), ("patience", 0), ("seed", 0)):
             value = getattr(self, name)
             require(type(value) is int and least <= value < 2**31, f"{name} must be an integer from {least} on", value)
