@@ -11,6 +11,11 @@ from .tables import plain
 
 # command -> the room that has the function of the same name and "_command", and what it does
 COMMANDS: dict[str, tuple[str, str]] = {
+    "tune": ("tuning.cli", "fine-tune a Hugging Face model on a file of rows: plan, train, evaluate, save"),
+    "chat": ("tuning.cli", "talk to a base and its adapters, side by side"),
+    "eval": ("tuning.cli", "loss and exact match of a base and its adapter, and what it forgot"),
+    "merge": ("tuning.cli", "put an adapter into its base for good, as a model of its own"),
+    "export": ("tuning.cli", "write a model or an adapter as a GGUF file, for llama.cpp"),
     "inspect": ("adapter_tools", "what is inside an adapter: rank, norm, spectrum of every module"),
     "truncate": ("extract", "write an adapter again at a smaller rank, as near as that rank allows"),
     "extract": ("extract", "write the adapter nearest to the difference of two checkpoints"),

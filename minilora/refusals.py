@@ -5,7 +5,8 @@ import argparse
 from .tables import plain
 
 # package that a command may do without until it is asked for -> the extra that brings it
-EXTRAS = {"matplotlib": "notebooks", "IPython": "notebooks", "transformers": "hf", "peft": "hf", "nbgrader": "teach"}
+EXTRAS = {"matplotlib": "notebooks", "IPython": "notebooks", "transformers": "hf", "peft": "hf", "gguf": "gguf",
+          "nbgrader": "teach"}
 # what a command raises where what it was given is bad, or what it needs is not there
 REFUSED = (ValueError, OSError, ModuleNotFoundError, MemoryError, RecursionError)
 

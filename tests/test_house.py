@@ -13,7 +13,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 ORDER = ("__init__ tables refusals shipped plots patterns config distributed bases layers variants naming trained_copy "
          "parameters beside planning injection checkpoints pair hub_names fingerprints peft_format adapters "
          "single_file spectrum bank adapter_tools extract quant llama_config rotary fast_decode llama weight_store "
-         "losses stream peft_methods train helpdesk tuning memory stream_run experiments grading check grade "
+         "losses stream peft_methods train helpdesk memory stream_run tuning experiments grading check grade "
          "release page cli __main__ nbgrader_config").split()
 # who grades reads in a student's process what a checker says: two rooms of one floor
 NEIGHBOURS = {"grading": {"check"}}

@@ -12,7 +12,7 @@ from nbgrader.nbgraderformat import MetadataValidator
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-LAST = 14
+LAST = 15
 
 
 def code_cells(nb):

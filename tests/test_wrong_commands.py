@@ -35,6 +35,11 @@ WRONG = {
 }
 # command -> the right line that a wrong word is put into
 RIGHT = {
+    "tune": ["tune", "--model", "hf", "--data", "rows.jsonl", "--out", "o"],
+    "chat": ["chat", "--model", "hf", "--prompt", "hello"],
+    "eval": ["eval", "--model", "hf", "--data", "rows.jsonl"],
+    "merge": ["merge", "--model", "hf", "--adapter", "a", "--out", "o"],
+    "export": ["export", "--model", "hf", "--gguf", "o.gguf"],
     "inspect": ["inspect", "a"],
     "truncate": ["truncate", "a", "o", "--rank", "2"],
     "extract": ["extract", "base", "tuned", "o", "--rank", "2"],

@@ -51,7 +51,8 @@ HEART = {"01": "a census of one training step, formula against measured bytes",
          "11": "the title of the lesson put to the test: what fits, and the streamed base that makes it so",
          "12": "prompt, prefix, (IA)3, bottleneck adapters, BitFit and LoRA on one task",
          "13": "capstone: budget, train, compare, ship, defend",
-         "14": "optional: the same steps on a real pretrained transformer"}
+         "14": "optional: the same steps on a real pretrained transformer",
+         "15": "optional: from a model's folder and a file of rows to an adapter that can be served"}
 
 
 @dataclass

