@@ -43,7 +43,7 @@ def open_model(model: str | None, adapter: str | None, device: str | None = None
                as_trained: bool = False):
     """(model, tokenizer): of the base, or of the base that an adapter names; `as_trained`: in 4 bits, if the adapter
     was trained on it so."""
-    name = model or base_of(adapter)
+    name = base_of(adapter) if model is None else model
     missing_folder(name)
     where = pick_device(device)
     net = load_model(name, pick_dtype(dtype, where), where)
