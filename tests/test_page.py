@@ -198,7 +198,7 @@ def test_formulas_of_a_known_model():
 
 
 def test_a_size_is_written_as_it_was_made():
-    a, b = Size(10, "batch"), Size(7, "seq")
+    a, b = Size.named(10, "batch"), Size.named(7, "seq")
     for size, value, text in ((a * b * 2, 140, "2 × batch × seq"), (a * b // b, 10, "batch"), (-(-a // 4), 3, "⌈batch / 4⌉"),
                               (a // 4, 2, "⌊batch / 4⌋"), (a * (b - 1), 60, "batch × (seq − 1)"), (20 // a, 2, "(20 / batch)"),
                               (3 - b, -4, "-seq + 3"), (a * a // 5, 20, "batch^2 / 5"), (a - a, 0, "0")):

@@ -20,24 +20,45 @@ Polynomial = dict[tuple[str, ...], Fraction]  # product of symbols, sorted -> it
 
 
 class Size(int):
-    """An integer that remembers what it was computed from: a symbol, or an operator and two sizes."""
+    """An integer that knows itself as a sum of products of symbols.
 
-    def __new__(cls, value: int, *made):
+    It is worked out at once, not kept as a tree of what it was made from: a tensor's size goes back through every
+    operator before it, and a browser's stack is too short for such a tree, to read it or to let it go.
+    """
+
+    def __new__(cls, value: int, terms: Polynomial):
         self = super().__new__(cls, value)
-        self.made, self.terms = made, None
+        self.terms = terms
         return self
 
+    @classmethod
+    def named(cls, value: int, symbol: str) -> "Size":
+        return cls(value, {(symbol,): Fraction(1)})
+
     def __add__(self, other):
-        return Size(int(self) + int(other), "+", self, other)
+        few, many = sorted((polynomial(self), polynomial(other)), key=len)
+        total = dict(many)
+        for product, factor in few.items():
+            total[product] = total.get(product, 0) + factor
+            if not total[product]:
+                del total[product]
+        return Size(int(self) + int(other), total)
 
     def __mul__(self, other):
-        return Size(int(self) * int(other), "*", self, other) if isinstance(other, int) else NotImplemented
+        if not isinstance(other, int):
+            return NotImplemented
+        total: Polynomial = {}
+        for left, times in self.terms.items():
+            for right, factor in polynomial(other).items():
+                product = tuple(sorted(left + right)) if right else left
+                total[product] = total.get(product, 0) + times * factor
+        return Size(int(self) * int(other), {product: factor for product, factor in total.items() if factor})
 
     def __floordiv__(self, other):
-        return Size(int(self) // int(other), "/", self, other)
+        return quotient(self, other)
 
     def __rfloordiv__(self, other):
-        return Size(int(other) // int(self), "/", other, self)
+        return quotient(other, self)
 
     def __sub__(self, other):
         return self + -other
@@ -46,44 +67,28 @@ class Size(int):
         return -self + other
 
     def __neg__(self):
-        return self * -1
+        return Size(-int(self), {product: -factor for product, factor in self.terms.items()})
 
     __radd__, __rmul__ = __add__, __mul__
 
 
 def polynomial(size: int) -> Polynomial:
     """A size as a sum of products."""
-    if not isinstance(size, Size):
-        return {(): Fraction(size)} if size else {}
-    if not size.terms:
-        size.terms = worked_out(size)
-    return size.terms
+    return size.terms if isinstance(size, Size) else {(): Fraction(size)} if size else {}
 
 
-def worked_out(size: Size) -> Polynomial:
-    if len(size.made) == 1:
-        return {(size.made[0],): Fraction(1)}
-    what, *parts = size.made
-    a, b = map(polynomial, parts)
-    if what == "/":
-        return quotient(size, a, b, *parts)
-    total: Polynomial = {}
-    pairs = [*a.items(), *b.items()] if what == "+" else [(tuple(sorted(m + n)), p * q) for m, p in a.items()
-                                                          for n, q in b.items()]
-    for product, factor in pairs:
-        total[product] = total.get(product, Fraction(0)) + factor
-    return {product: factor for product, factor in total.items() if factor}
-
-
-def quotient(size: Size, a: Polynomial, b: Polynomial, whole: int, by: int) -> Polynomial:
-    """a / b, if it comes out even; else a symbol that says it is rounded, up where -a was rounded down."""
-    exact = int(size) * int(by) == int(whole)
+def quotient(whole: int, by: int) -> Size:
+    """whole // by, if it comes out even; else a symbol that says it is rounded, up where -whole was rounded down."""
+    value, a, b = int(whole) // int(by), polynomial(whole), polynomial(by)
+    exact = value * int(by) == int(whole)
+    if exact and b.keys() == {()}:
+        return Size(value, {product: factor / b[()] for product, factor in a.items()})
     if exact and (found := divided(a, b)) is not None:
-        return found
+        return Size(value, found)
     up = not exact and all(factor < 0 for factor in a.values())
     inside = f"{written({p: -f for p, f in a.items()} if up else a)} / {written(b)}"
     shown = f"({inside})" if exact else f"⌈{inside}⌉" if up else f"⌊{inside}⌋"
-    return {(shown,): Fraction(-1 if up else 1)}
+    return Size(value, {(shown,): Fraction(-1 if up else 1)})
 
 
 def divided(a: Polynomial, b: Polynomial) -> Polynomial | None:
@@ -150,5 +155,5 @@ def remembered(spec: ModelSpec, run: Training | Serving) -> tuple:
         for name in names:
             if value := vars(thing).get(name):
                 symbol = "hidden" if name == "embedding" and value == spec.hidden else name
-                object.__setattr__(thing, name, Size(value, symbol))  # frozen, and checked when it was made
+                object.__setattr__(thing, name, Size.named(value, symbol))  # frozen, and checked when it was made
     return estimate(*named).rows

@@ -118,6 +118,7 @@ async function answer() {
     do {
       more = await ask({ state, part }, mine);
       if (mine !== turn) return;
+      if (more.error) return refuse(more.error);
       place(more.html);
     } while (more.again);
   }

@@ -35,6 +35,11 @@ async function start() {
 const ready = start();
 ready.catch((error) => postMessage({ failed: `Python could not be loaded: ${error}` }));
 onmessage = async ({ data }) => {
-  const ask = await ready;
-  postMessage({ id: data.id, answer: JSON.parse(ask(JSON.stringify(data.question))) });
+  let answer;
+  try {
+    answer = JSON.parse((await ready)(JSON.stringify(data.question)));
+  } catch (error) { // nothing that Python foresaw, so its last line
+    answer = { error: `Python failed: ${String(error).trim().split("\n").at(-1)}` };
+  }
+  postMessage({ id: data.id, answer });
 };
