@@ -1,5 +1,6 @@
 """The decoder beside transformers' Llama, Mistral and Qwen2, and what it says to a bad checkpoint or prompt."""
 
+import copy
 import json
 import shutil
 
@@ -77,10 +78,13 @@ def test_logits_with_and_without_cache(pair):
     assert len(list(folder.glob("*.safetensors"))) > 5
     with torch.no_grad():
         expected, whole = model(IDS).logits, ours(IDS)
+        double = copy.deepcopy(ours).double()  # in which what a cache changes is the order of sums alone
+        exact = double(IDS)
     assert expected.std() > 0.2
-    assert far(whole, expected) <= 1e-5
+    assert roundings(whole, expected) <= 64
     for sizes in ([1] * 40, [30] + [1] * 10, [7, 20, 1, 12]):
-        assert far(in_pieces(ours, IDS, sizes), expected) <= 1e-5, sizes
+        assert roundings(in_pieces(ours, IDS, sizes), expected) <= 64, sizes
+        assert far(in_pieces(double, IDS, sizes), exact) <= 1e-12, sizes
 
 
 def test_gradients(pair):
