@@ -31,6 +31,7 @@ from minilora import (
     unmerge,
 )
 from minilora.adapters import read_adapter, read_config, write_adapter
+from minilora.fingerprints import marks
 from minilora.injection import lora_layers
 from minilora.peft_format import config_of, peft_config
 
@@ -272,7 +273,8 @@ def test_the_format(tmp_path):
     assert os.listdir(tmp_path / "new") == ["folder"]
     with safe_open(folder / "adapter_model.safetensors", "pt") as f:
         shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys() if ".h.0." in k or "wte" in k}
-        assert f.metadata() == {"format": "pt", "minilora.base": fingerprint(model)}
+        assert f.metadata() == {"format": "pt", "minilora.base": fingerprint(model),
+                                "minilora.base.float16": marks(model)[2]}
     stem = "base_model.model.transformer."
     assert shapes == {
         stem + "wte.lora_embedding_A": (4, 64),
@@ -454,7 +456,9 @@ def test_a_copy_of_the_bases_own_weight_is_accepted(saved):
     [
         ({"peft_type": "LOHA"}, "is of peft_type 'LOHA'; only 'LORA' or '"),
         ({"peft_type": None}, "is of peft_type None"),
-        ({"trainable_token_indices": [1]}, "sets trainable_token_indices, which is not supported"),
+        ({"trainable_token_indices": [1]}, "trainable_tokens: 'embed_tokens' matches no module"),
+        ({"trainable_token_indices": {"up": 1}}, "trainable_tokens must map names to lists of tokens"),
+        ({"target_parameters": ["up.wight"]}, "target_parameters: 'up.wight' matches no parameter; near it: up.weight"),
         (
             {"layer_replication": [[0, 1]]},
             "sets layer_replication, which is not supported: an adapter here is A and B on whole layers",
