@@ -72,7 +72,8 @@ class LoRAConfig:
         rows = self.trainable_tokens
         require(isinstance(rows, Mapping) and all(
             isinstance(name, str) and isinstance(ids, (list, tuple)) and ids
-            and all(type(i) is int and i >= 0 for i in ids) for name, ids in rows.items()), "trainable_tokens must map names to lists of tokens", rows)
+            and all(type(i) is int and i >= 0 for i in ids) for name, ids in rows.items()),
+                "trainable_tokens must map names to lists of tokens", rows)
         object.__setattr__(self, "trainable_tokens", {name: tuple(dict.fromkeys(ids)) for name, ids in rows.items()})
         require((targets or self.target_parameters) and all(isinstance(t, str) and t for t in targets),
                 "target_modules must name modules", targets)
