@@ -88,7 +88,7 @@ def token_rows(model: nn.Module, modules: dict[str, nn.Module], config: LoRAConf
     model, found = bare(model), []
     for entry, tokens in config.trainable_tokens.items():
         usual = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-        if entry == "embed_tokens" and not any(entry_matches(entry, name) for name in modules):
+        if usual is not None and entry == "embed_tokens" and not any(entry_matches(entry, name) for name in modules):
             named = {name: m for name, m in modules.items() if m is usual}  # PEFT's word for whatever embeds the tokens
         else:
             named = meant("trainable_tokens", [entry], modules)

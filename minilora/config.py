@@ -70,8 +70,9 @@ class LoRAConfig:
             object.__setattr__(self, own, names := tuple(names) if listed else names)
             require(listed and all(isinstance(n, str) and n for n in names), f"{own} must be a list of names", names)
         rows = self.trainable_tokens
-        require(isinstance(rows, Mapping) and all(ids and all(type(i) is int and i >= 0 for i in ids)
-                                                  for ids in rows.values()),
+        require(isinstance(rows, Mapping) and all(
+            isinstance(name, str) and isinstance(ids, (list, tuple)) and ids
+            and all(type(i) is int and i >= 0 for i in ids) for name, ids in rows.items()),
                 "trainable_tokens must map names to lists of tokens", rows)
         object.__setattr__(self, "trainable_tokens", {name: tuple(dict.fromkeys(ids)) for name, ids in rows.items()})
         require((targets or self.target_parameters) and all(isinstance(t, str) and t for t in targets),

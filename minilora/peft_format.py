@@ -16,7 +16,7 @@ from .hub_names import is_hub_model, names_here
 from .injection import adapter_layers, lora_layers
 from .layers import LoRALayer
 from .naming import bare, plain_modules
-from .parameters import TOKENS_KEY, StackedLoRA, TrainedRows
+from .parameters import StackedLoRA, TrainedRows
 from .tables import quoted
 from .trained_copy import TrainedCopy
 
@@ -230,15 +230,13 @@ def in_use(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     """The adapter without the names that neither a tensor of the file nor a module of this model bears, which are said:
     keys of patterns, and targets (PEFT writes down what it was asked for, not what it found)."""
     config, unused = adapter.config, list(adapter.unused)
-    if config.trainable_tokens and not any(key.endswith(TOKENS_KEY) for key in adapter.tensors):
-        raise ValueError(f"the adapter in {adapter.folder} sets trainable_token_indices, "
-                         "but holds no row of an embedding")
     if not isinstance(config.target_modules, str):
-        names = {end for n in modules_of(adapter) for end in ends(n)}
-        names |= {end for n, _ in plain_modules(model) for end in ends(n)}
+        own = [ends(name) for name in modules_of(adapter)]
+        names = {end for module in (*own, *(ends(n) for n, _ in plain_modules(model))) for end in module}
         kept = tuple(entry for entry in config.target_modules if entry in names)
-        unused += [f"target_modules {quoted(entry)}" for entry in config.target_modules if entry not in names]
-        config = replace(config, target_modules=kept) if kept else config
+        if kept and all(not config.target_names.isdisjoint(module) for module in own):  # else one may be mistyped
+            unused += [f"target_modules {quoted(entry)}" for entry in config.target_modules if entry not in names]
+            config = replace(config, target_modules=kept)
     if unused:
         warnings.warn(f"{adapter.folder}: no tensor of the adapter is meant by {', '.join(unused[:6])}"
                       f"{', ...' * (len(unused) > 6)}: left out", stacklevel=4)
