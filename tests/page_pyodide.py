@@ -15,10 +15,11 @@ NODE, PYODIDE = shutil.which("node"), Path(__file__).parents[1] / "node_modules"
 def in_pyodide(states: list[dict[str, str]]) -> list[dict]:
     """What the page's Python says of each."""
     with tempfile.TemporaryDirectory() as folder:
-        code = Path(folder) / "minilora.zip"
+        code, asked = Path(folder) / "minilora.zip", Path(folder) / "states"
         code.write_bytes(page_site.package())
-        done = subprocess.run([NODE, Path(__file__).with_suffix(".mjs"), PYODIDE, code], capture_output=True, text=True,
-                              input="\n".join(map(json.dumps, states)), check=True)
+        asked.write_text("\n".join(map(json.dumps, states)))  # a pipe of so many is not read whole
+        done = subprocess.run([NODE, Path(__file__).with_suffix(".mjs"), PYODIDE, code, asked], capture_output=True,
+                              text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

@@ -94,6 +94,8 @@ def test_the_commands_that_need_no_torch(place):
     assert "rtx-4090" in place("minilora", "fit", *asked).stdout
     for name in ("models", "cards", "claims"):
         assert place("python", "-m", "minilora", name).stdout.count("\n") > 5
+    page = "from minilora.page.server import Page; page = Page(); print(*page.files); page.server_close()"
+    assert place("python", "-c", page).stdout.split() == ["/", "/page.css", "/page.js", "/licences.txt"]
     assert place("minilora", "--version").stdout == f"minilora {minilora.__version__}\n"
 
 

@@ -42,12 +42,26 @@ def lines():
     return [(state, page_states.command_line(page_states.words(state))) for state in page_states.random_states(300)]
 
 
-@pytest.fixture(params=WAYS)
-def page(request, chromium, sites):
+@pytest.fixture(scope="module", params=WAYS)
+def opened(request, chromium, sites):
+    """A page for all tests of one way: Python is loaded once."""
     page = visited(chromium, sites[request.param])
     page.base = sites[request.param]
     yield page
     page.close()
+
+
+@pytest.fixture
+def page(opened):
+    """The page as it is when it is opened."""
+    opened.evaluate("""() => {
+      document.getElementById("clear").click();
+      for (const details of document.querySelectorAll("details")) details.open = false;
+      history.replaceState(null, "", location.pathname);
+      dispatchEvent(new HashChangeEvent("hashchange"));
+    }""")
+    until(opened, "document.getElementById('answer').dataset.of === '' && document.getElementById('error').hidden")
+    return opened
 
 
 def ask(page, **state) -> None:
@@ -55,9 +69,7 @@ def ask(page, **state) -> None:
     answered(page)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_300_answers_are_the_command_line_s_to_the_byte(way, chromium, sites, lines):
-    page = visited(chromium, sites[way])
+def test_300_answers_are_the_command_line_s_to_the_byte(page, lines):
     found = page.evaluate(page_browser.ANSWERS, [urlencode(state) for state, _ in lines])
     for (state, line), here in zip(lines, found, strict=True):
         if isinstance(line, str):
@@ -65,11 +77,8 @@ def test_300_answers_are_the_command_line_s_to_the_byte(way, chromium, sites, li
         else:
             assert here["peak"] == line["peak"], state
             assert sorted(here["items"]) == sorted([i["part"], i["name"], i["count"], i["bytes"]] for i in line["items"])
-    answers = sum(not isinstance(line, str) for _, line in lines)
-    assert 150 < answers < 300
-    foreign = [url for url in page.requests if not url.startswith((sites[way], "data:", "blob:"))]
-    assert foreign == []
-    page.close()
+    assert 150 < sum(not isinstance(line, str) for _, line in lines) < 300
+    assert [url for url in page.requests if not url.startswith((page.base, "data:", "blob:"))] == []  # nor any error
 
 
 def test_the_first_answer_stands_there_before_python_does(chromium, sites):
@@ -187,8 +196,7 @@ def test_the_json_is_the_command_line_s(page):
 
 
 @pytest.mark.skipif(not AXE.is_file(), reason="needs axe-core: npm ci")
-@pytest.mark.parametrize("scheme", ("light", "dark"))
-@pytest.mark.parametrize("width", (360, 1366))
+@pytest.mark.parametrize("width, scheme", ((360, "light"), (1366, "dark")))
 def test_it_can_be_used_by_all(chromium, sites, scheme, width):
     page = visited(chromium, sites["served"], color_scheme=scheme, viewport={"width": width, "height": 800})
     page.evaluate(AXE.read_text(encoding="utf-8"))

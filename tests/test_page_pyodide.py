@@ -11,11 +11,11 @@ from minilora.memory.stacks import STACKS
 
 
 def sample() -> list[dict[str, str]]:
-    """A model of every family that has a preset, with methods and stacks in turn; all: tests/bench/pyodide_equal.py."""
+    """A model of every family that has a preset, with methods in turn and a stack; all: tests/bench/pyodide_equal.py."""
     draw, models = random.Random(0), {spec.family: name for name, spec in PRESETS.items()}
     assert len(models) > 6 and set(models) <= set(FAMILIES)
     states = [{"model": model, "method": METHODS[i % 3], "stack": stack, "seq": "256"} for i, (model, stack) in enumerate(
-        (model, stack) for model in models.values() for stack in draw.sample(list(STACKS), 2))]
+        (model, stack) for model in models.values() for stack in draw.sample(list(STACKS), 1))]
     return [*states, {"model": "llama-3-8b", "serve": "yes"}, {"model": "gpt2", "rank": "0"}]
 
 

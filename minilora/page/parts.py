@@ -9,7 +9,6 @@ from typing import Any
 from ..memory.bill import timeline
 from ..memory.cards import CARDS, Card
 from ..memory.fitting import CHANGES, judge, priced
-from ..memory.formulas import formulas
 from ..memory.models import PRESETS, ModelSpec
 from ..memory.run import METHODS, Serving, Training
 from . import charts, grids, render
@@ -70,6 +69,8 @@ def moments(spec: ModelSpec, run: Training) -> list[tuple[int, str]]:
 
 def items(was: Asked, budget: float) -> Reply:
     """Every item with its formula."""
+    from ..memory.formulas import formulas  # when it is asked for: fractions and decimal take a browser a while
+
     return {"html": {"items": render.items(was.bill, formulas(was.spec, was.run))}}
 
 

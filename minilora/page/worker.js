@@ -2,7 +2,7 @@
 
 import { loadPyodide } from "./pyodide/pyodide.mjs";
 
-let bytes = 0;
+let bytes = 0, waiting = 0; // bytes that have come; questions that have
 const fetched = self.fetch;
 /** fetch that tells how many bytes have come. */
 self.fetch = async (...what) => {
@@ -27,7 +27,7 @@ async function start() {
   python.unpackArchive(code, "zip", { extractDir: "/minilora" });
   python.runPython("import sys; sys.path.insert(0, '/minilora')");
   const ask = python.pyimport("minilora.page.answer").ask_json;
-  ask(JSON.stringify({ state: { model: "gpt2" } })); // so that the first answer waits for no import
+  if (!waiting) ask(JSON.stringify({ state: { model: "gpt2" } })); // so that the first answer waits for no import
   postMessage({ bytes, what: "", ready: true });
   return ask;
 }
@@ -36,6 +36,7 @@ const ready = start();
 ready.catch((error) => postMessage({ failed: `Python could not be loaded: ${error}` }));
 onmessage = async ({ data }) => {
   let answer;
+  waiting++;
   try {
     answer = JSON.parse((await ready)(JSON.stringify(data.question)));
   } catch (error) { // nothing that Python foresaw, so its last line

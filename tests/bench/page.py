@@ -19,7 +19,7 @@ from page_browser import answered, until, visited
 
 from minilora.page.asked import START
 
-LATER = [{"rank": "8"}, {"seq": "4096"}, {"model": "llama-3-8b"}, {"method": "lora"}, {"stack": "unsloth"}, {"batch": "4"},
+LATER = [{}, {"seq": "4096"}, {"model": "llama-3-8b"}, {"method": "lora"}, {"stack": "unsloth"}, {"batch": "4"},
          {"model": "gemma-2-27b"}, {"targets": "q_proj,v_proj"}, {"model": "qwen2.5-72b"}]
 STATES = {"start": {}, "not": START | {"model": "llama-3-70b", "method": "full", "stack": "transformers"},
           "wrong": START | {"rank": "0"}, "any": {"model": "gpt2-xl"}}
@@ -49,7 +49,7 @@ def speed() -> None:
                     firsts.append(time.perf_counter() - start)
                     answered(page, "whole")
                     for change in LATER:
-                        laters.append(seconds(page, START | change | {"accumulation": str(2 + run)}))
+                        laters.append(seconds(page, START | change | {"rank": str(40 + run)}))  # new to any cache
                         answered(page, "whole")
                     context.close()
                 print(f"{way}: first answer {statistics.median(firsts):.2f} s (of {', '.join(f'{t:.2f}' for t in firsts)}), "
