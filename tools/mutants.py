@@ -82,7 +82,7 @@ MUTANTS = [
     # on disk and in the bank
     Mutant("A and B are swapped in the file", "layers.py", '"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"',
            '"lora_A": "lora_B.weight", "lora_B": "lora_A.weight"'),
-    Mutant("any base will do", "adapters.py", "if adapter.base is None or", "if True or"),
+    Mutant("any base will do", "adapters.py", "if adapter.base in (None, here) or", "if True or"),
     Mutant("the bank routes every row to the first adapter", "bank.py", "[layers.get(module) for layers in rows]",
            "[rows[0].get(module) for layers in rows]"),
     Mutant("combining ignores the weights", "bank.py", "torch.cat([weight * layer.scaling * layer.factors",
