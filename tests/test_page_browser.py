@@ -160,8 +160,8 @@ def test_parts_that_take_longer_come_when_they_are_opened(page):
     page.click("text=This card for all models and methods")
     until(page, "document.querySelectorAll('#models tbody tr').length > 2")
     page.click("#models a >> nth=1")
-    answered(page)
-    assert "model=gpt3-175b" in page.url and "method=lora" in page.url  # no smaller model reads 2,048 tokens
+    until(page, "location.hash.includes('model=gpt3-175b')")  # no smaller model reads 2,048 tokens
+    assert "method=lora" in page.url
 
 
 def test_serving_asks_other_things(page):
