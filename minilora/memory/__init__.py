@@ -9,8 +9,9 @@ The walk of an estimate, `estimate(ModelSpec.preset("llama-3-8b"), Training(meth
    makes its weights and its forward, `losses` ends it, `ledger` runs the graph back, the optimizer's entry plays its
    step. `ledger` notes when each storage is born and dies; `ops` has torch's operators on it, `fsdp` what other cards'
    shares add.
-4. `bill` plays four layers and five, follows the line through the two to the real number, finds the moment at which
-   most is held, and adds up what is held then by part and name. `costs` adds what moves.
+4. `bill` plays four layers and five (a turn more, where kinds of layers take turns), follows the line through the two
+   to the real number, finds the moment at which most is held, and adds up what is held then by part and name. `costs`
+   adds what moves.
 5. `fitting` puts a bill beside `cards`; `claims` puts it beside what papers say, `published` beside what cards held.
 
 The second instrument is apart from this: `traced_step` makes a real model and optimizer, `tracer` follows every storage
