@@ -26,6 +26,25 @@ if TYPE_CHECKING:
 DEFAULT_STACK = "trl"  # on the command line; in Python a `Training` is our own unless it says otherwise
 SET_BY_STACKS = {name for stack in STACKS.values() for name in (*stack.defaults, *stack.qlora)}
 
+# what people ask for and what is not priced, each with the reason and what comes nearest
+NOT_PRICED = {
+    "dora": "DoRA's weight norms and what their backward keeps are not priced; a LoRA of that rank needs less",
+    "rslora": "rsLoRA changes the scaling alone, and no byte: leave it out",
+    "rank-pattern": "ranks that differ from matrix to matrix are not priced; the largest of them as --rank is the most",
+    "modules-to-save": "trained copies of whole modules (embedding, head) are not priced; each takes its weights, "
+                       "gradients and optimizer states once more",
+    "offload-optimizer": "an optimizer on the host (ZeRO-Offload) is not priced; paged_adamw is the nearest",
+    "offload-params": "parameters on the host that train are not priced; a frozen base can be: --base host",
+    "offload-activations": "TRL's offloading of activations is not priced; --stack unsloth sends layers' inputs to the "
+                           "host",
+    "reference-model": "a second model beside the one that trains (DPO) is not priced; with adapters it is the same "
+                       "base, and a batch has two answers for each prompt",
+    "generation": "a phase of generation between steps (GRPO) is not priced; --serve prices it by itself",
+    "load-in-8bit": "a base in 8 bits is not priced; 4 bits are: --method qlora",
+    "tensor-parallel": "matrices that are split over cards are not priced; ZeRO is: --cards and --zero",
+    "sequence-parallel": "rows that are split over cards are not priced; ZeRO is: --cards and --zero",
+}
+
 R = TypeVar("R", Training, Serving)
 
 
@@ -171,18 +190,19 @@ def trace_command(parser, arguments: list[str]) -> None:
     config = dict(preset_config(options.model)) if options.model is not None else read_config(Path(options.config))[0]
     run = run_of(options, Training, read_quantisation_of(config))
 
+    from .fitting import FRAGMENTATION, WORKSPACE, Verdict, as_on
     from .traced_bill import check, scratch, traced  # these import torch
     from .traced_models import as_config
 
+    changed, taken = as_on(run, card) if card is not None else ({}, "")
+    run = replace(run, **changed)
     check(run)
     architecture = as_config(config, options.model or options.config)
     t, _ = traced(architecture, run)
     verdicts = []
     if card is not None:
-        from .fitting import FRAGMENTATION, WORKSPACE, Verdict
-
         need = t.peak, int(t.peak * FRAGMENTATION) + WORKSPACE + scratch(architecture, run)
-        verdicts = [Verdict(card, need, card.usable)]
+        verdicts = [Verdict(card, need, card.usable, taken=taken)]
     if options.json:
         print(json.dumps({"assumptions": run.assumptions()} | t.to_dict() | judged(verdicts)))
     else:
@@ -209,6 +229,8 @@ def add_run_options(parser) -> None:
         if field.name != "target_modules":
             add_option(parser, field)
     parser.add_argument("--json", action="store_true", help="for programs")
+    for name in NOT_PRICED:
+        parser.add_argument(f"--{name}", nargs="?", const="", default=SUPPRESS, help=SUPPRESS)
 
 
 def add_option(parser, field) -> None:
@@ -254,6 +276,8 @@ def run_of(options, kind: type[R], of_base: dict | None = None) -> R:
     targets = options.targets
     if targets and targets != ALL_LINEAR and not set(targets) & set("*+?|()[]{}\\^$"):
         targets = tuple(target.strip() for target in targets.split(","))
+    if asked := [name for name in NOT_PRICED if hasattr(options, name.replace("-", "_"))]:
+        raise ValueError(f"--{asked[0]}: {NOT_PRICED[asked[0]]}")
     given = {f.name: getattr(options, f.name) for f in fields(Training) + fields(Serving) if hasattr(options, f.name)}
     given |= {"target_modules": targets} if targets else {}
     if stray := [name for name in given if name not in kind.__dataclass_fields__]:

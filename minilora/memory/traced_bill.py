@@ -21,10 +21,11 @@ from .traced_models import (
     class_of,
     default_targets,
     depth,
-    first_line,
+    in_one_line,
     per_layer,
     read_architecture,
     with_layers,
+    writes_on,
 )
 from .traced_step import training_step
 from .tracer import Trace, fake, trace
@@ -41,6 +42,7 @@ class TracedBill:
         parameters: of the whole model, without adapters.
         peak: bytes. moment: when. parts: bytes by kind; they sum to the peak, up to rounding.
         scratch: what flash attention's backward takes and gives back unseen.
+        note: what was traced otherwise than asked, or "".
     """
 
     name: str
@@ -52,6 +54,7 @@ class TracedBill:
     moment: str
     parts: dict[str, int]
     scratch: int
+    note: str = ""
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -60,7 +63,8 @@ class TracedBill:
         how = (f"by the trace of {' and '.join(map(str, self.depths))} layers, extended to {self.layers}"
                if len(self.depths) > 1 else "by the trace of all its layers")
         rows = [(part, size, bytes_text(size), f"{size / self.peak:.1%}") for part, size in self.parts.items()]
-        return "\n\n".join((f"{self.name} has no closed form here: this is {how} ({self.parameters:,} parameters)",
+        return "\n\n".join((f"{self.name} has no closed form here: this is {how} ({self.parameters:,} parameters)"
+                            + f"\n{self.note}" * bool(self.note),
                             f"peak {bytes_text(self.peak)} ({self.peak:,} bytes) at: {self.moment}",
                             table(("part", "bytes", "", ""), rows)))
 
@@ -73,7 +77,14 @@ def estimate_by_trace(source: str | Path | Mapping[str, Any], run: Training) -> 
     """
     check(run)
     config = as_config(source, "config") if isinstance(source, Mapping) else read_architecture(source)
-    class_of(config)
+    with in_one_line(config.model_type):
+        return extended(config, run)
+
+
+def extended(config: Any, run: Training) -> TracedBill:
+    """The bill by the line through two depths."""
+    kind, _ = class_of(config)
+    own_loss = run.loss == "chunked" and not writes_on(kind, config)
     layers, depths = depth(config), depths_of(config)
     traces, sizes = zip(*(traced(with_layers(config, n) if n != layers else config, run) for n in depths))
     keyed = [keyed_moments(t, alone(config)) for t in traces]
@@ -87,7 +98,8 @@ def estimate_by_trace(source: str | Path | Mapping[str, Any], run: Training) -> 
                for kind in parts[0].keys() | parts[-1].keys()}
     return TracedBill(config.model_type, run, layers, depths, sizes[0] + more * (sizes[-1] - sizes[0]), total(peak),
                       f"{peak[0]}, {peak[1] or 'outside the model'}, {peak[2]}",
-                      dict(sorted(by_kind.items(), key=lambda item: -item[1])), scratch(config, run))
+                      dict(sorted(by_kind.items(), key=lambda item: -item[1])), scratch(config, run),
+                      f"its loss is that of {kind.__name__}, not in chunks" if own_loss else "")
 
 
 def scratch(config: Any, run: Training) -> int:
@@ -137,22 +149,17 @@ def traced(config: Any, run: Training) -> tuple[Trace, int]:
         ValueError: what transformers or PEFT say against it, in one line.
     """
     counted = []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a model without weights
-            with fake():
-                targets = run.target_modules or default_targets(config)
-                step = training_step(config, run.method, run.rank, targets, run.batch, run.seq, run.optimizer,
-                                     run.dtype, run.autocast, run.checkpointing, run.dropout, loss=run.loss,
-                                     adapter_dtype=run.adapter_dtype, upcast=run.upcast,
-                                     attention=run.attention, rows=run.rows, accumulation=run.accumulation,
-                                     counted=counted.append)
-            with trace() as t:
-                step()
-    except ValueError:
-        raise
-    except Exception as error:  # whatever a stranger's code does with a config that it cannot build
-        raise ValueError(f"{config.model_type} cannot be traced: {first_line(error)}") from None
+    with in_one_line(config.model_type), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a model without weights
+        with fake():
+            targets = run.target_modules or default_targets(config)
+            step = training_step(config, run.method, run.rank, targets, run.batch, run.seq, run.optimizer,
+                                 run.dtype, run.autocast, run.checkpointing, run.dropout, loss=run.loss,
+                                 adapter_dtype=run.adapter_dtype, upcast=run.upcast,
+                                 attention=run.attention, rows=run.rows, accumulation=run.accumulation,
+                                 counted=counted.append)
+        with trace() as t:
+            step()
     return t, counted[0]
 
 

@@ -5,6 +5,7 @@ Nothing is initialised, no code but transformers' own is run, and a config is lo
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +26,8 @@ from .traced_losses import with_fused_head
 TASKS = (("CAUSAL_LM", "tokens"), ("SEQ_TO_SEQ_CAUSAL_LM", "tokens"), ("IMAGE_TEXT_TO_TEXT", "tokens"),
          ("MULTIMODAL_LM", "tokens"), ("MASKED_LM", "tokens"), ("SEQUENCE_CLASSIFICATION", "a class"),
          ("TOKEN_CLASSIFICATION", "classes"), ("IMAGE_CLASSIFICATION", "images"))
+# state spaces of the first kind, whose kernels (mamba-ssm) are no part of transformers
+SCANS = ("mamba", "falcon_mamba", "jamba", "zamba")
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
           "num_decoder_layers")
 
@@ -56,15 +59,20 @@ def as_config(read: Mapping[str, Any], name: str) -> Any:
         raise ValueError(f"{name} {what}, which transformers {transformers.__version__} does not know; "
                          + suggest(str(kind), known.keys()).split("; ")[0][:300])
     check_sizes(read, name)
-    try:
+    with in_one_line(f"{name}, {kind},"):
         return known[kind].from_dict({**read, "quantization_config": None} if "quantization_config" in read else read)
-    except Exception as error:  # whatever transformers makes of a damaged config
-        raise ValueError(f"{name}: transformers cannot read this {kind} config: {first_line(error)}") from None
 
 
-def first_line(error: Exception) -> str:
-    """What a stranger's error says, in one line."""
-    return plain(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)
+@contextmanager
+def in_one_line(name: str) -> Iterator[None]:
+    """Whatever a stranger's code raises on a config that it cannot build, as a ValueError of one line."""
+    try:
+        yield
+    except (ValueError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        said = plain(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)
+        raise ValueError(f"{name} cannot be traced: {said}") from None
 
 
 # ---------------------------------------------------------------- which class, and how deep
@@ -73,11 +81,18 @@ def first_line(error: Exception) -> str:
 def class_of(config: Any) -> tuple[type, str]:
     """The class of transformers' that a config means, and what it reads: a name in `TASKS`."""
     transformers = require_hugging_face("transformers")
-    named = next(iter(getattr(config, "architectures", None) or ()), None)
+    if config.model_type in SCANS:
+        raise ValueError(f"{config.model_type} scans its tokens one after the other where its CUDA kernels are "
+                         "missing, and these are not followed here; so its step is not priced")
+    named = getattr(config, "architectures", None)
+    named = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+    auto = transformers.models.auto.modeling_auto
+    # a config that names no class means an encoder, or both, though a decoder could be made of it too
+    encoder = getattr(config, "is_encoder_decoder", False) or (
+        type(config) in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False))
     for task, reads in TASKS:
-        classes = transformers.__dict__.get(f"MODEL_FOR_{task}_MAPPING") or getattr(
-            transformers.models.auto.modeling_auto, f"MODEL_FOR_{task}_MAPPING")
-        if type(config) not in classes:
+        classes = getattr(auto, f"MODEL_FOR_{task}_MAPPING")
+        if type(config) not in classes or task == "CAUSAL_LM" and named is None and encoder:
             continue
         found = classes[type(config)]
         found = found if isinstance(found, tuple) else (found,)
@@ -93,6 +108,11 @@ def class_of(config: Any) -> tuple[type, str]:
 def headless(name: str) -> bool:
     """Whether a class is an encoder or decoder without anything that learns from labels, such as BertModel."""
     return "For" not in name and "LMHead" not in name
+
+
+def writes_on(kind: type, config: Any) -> bool:
+    """Whether the class writes on from what it read: TRL's loss in chunks is for such models alone."""
+    return hasattr(kind, "prepare_inputs_for_generation") and not getattr(config, "is_encoder_decoder", False)
 
 
 def part_with_layers(config: Any) -> Any:
@@ -147,16 +167,18 @@ def hugging_face_model(config: Any, lora: LoRAConfig | None, dtype: torch.dtype,
     config = copy.deepcopy(config)
     for part in {id(p): p for p in (config, config.get_text_config())}.values():
         part.use_cache = False  # training keeps no keys and values
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
     model = empty_model(kind, config, dtype, "eager" if attention == "eager" else None)
     counted(sum(p.numel() for p in model.parameters()))
     if four_bit:
         model = bitsandbytes_model(model, dtype)
         model = peft.prepare_model_for_kbit_training(model, False) if upcast else model.requires_grad_(False)
     if lora:
-        model = adapted(model, lora, adapters, "CAUSAL_LM" if reads == "tokens" else None)
+        model = adapted(model, lora, adapters, "CAUSAL_LM" if writes_on(kind, config) else None)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if chunked and reads == "tokens" and hasattr(kind, "prepare_inputs_for_generation"):
+    if chunked and writes_on(kind, config):
         with_fused_head(model)
         return model, lambda model, ids, targets, **more: model(input_ids=ids, labels=targets, **more)
     return model, LOSSES[reads]
