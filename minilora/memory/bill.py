@@ -111,7 +111,7 @@ def estimate(spec: ModelSpec, run: Training | Serving) -> Bill:
 
 def at_peak(spec: ModelSpec, run: Training | Serving, played: Callable[[int], Ledger]) -> Bill:
     """The bill at the moment at which most is live; `played(n)` is the ledger of n layers."""
-    kinds = [spec.layout.kind(spec, run, i) for i in range(spec.layers)]
+    kinds = [spec.layout.kind(spec, i) for i in range(spec.layers)]
     first, *second = two_depths(kinds)
     ledgers, more = (played(first), *map(played, second)), 0
     if second:

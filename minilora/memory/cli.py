@@ -159,7 +159,7 @@ def models_command(parser, arguments: list[str]) -> None:
     else:
         body = [(s.name, s.layers, s.hidden, f"{s.heads}/{s.kv_heads}", s.head_dim, s.ffn, s.vocab, s.context,
                  "yes" if s.tied else "no", s.parameters) for s in PRESETS.values()]
-        print(table(("model", "layers", "hidden", "heads/kv", "head dim", "ffn", "vocab", "context", "tied",
+        print(table(("model", "layers", "hidden", "heads/kv", "dim", "ffn", "vocab", "context", "tied",
                      "parameters"), body))
 
 
@@ -175,8 +175,8 @@ def cards_command(parser, arguments: list[str]) -> None:
              f"{c.flops / 1e12:,.0f} TFLOP/s")
             for c in CARDS.values()]
     print(table(("card", "nominal", "driver reports", "usable", "bus", "16-bit"), rows))
-    print("usable: what the driver reports (93% to 100% of nominal where unknown, 65% to 95% of memory that the system "
-          "shares) less 0.15 to 1.4 GB for CUDA")
+    print(filled("usable: what the driver reports (93% to 100% of nominal where unknown, 65% to 95% of memory that the "
+                 "system shares) less 0.15 to 1.4 GB for CUDA"))
 
 
 def trace_command(parser, arguments: list[str]) -> None:

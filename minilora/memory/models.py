@@ -100,10 +100,9 @@ class Family:
         """Norms inside a layer that are not as wide as the residual stream: name -> width."""
         return {}
 
-    def kind(self, spec: "ModelSpec", run: Any, layer: int) -> object:
+    def kind(self, spec: "ModelSpec", layer: int) -> object:
         """What tells a layer's step from another's; where all say the same, layers are alike."""
-        masked = 0 < spec.window <= run.seq and run.attention not in ("eager", "flash")
-        return spec.pattern[layer] if spec.pattern and masked else None
+        return spec.pattern[layer] if spec.pattern else None
 
     def check(self, run: Any) -> None:
         """Refuse what of this family's step is not priced."""

@@ -103,7 +103,7 @@ CONFIGS: dict[str, Config] = {
     "qwen3-32b": llama(64, 5120, 64, 8, 25600, 151936, 40960, model_type="qwen3", head_dim=128),
     "qwen2-0.5b": llama(24, 896, 14, 2, 4864, 151936, 131072, True, "qwen2"),
     "qwen2-7b": llama(28, 3584, 28, 4, 18944, 152064, 131072, model_type="qwen2"),
-    "deepseek-r1-distill-qwen-1.5b": llama(28, 1536, 12, 2, 8960, 151936, 131072, model_type="qwen2"),
+    "r1-qwen-1.5b": llama(28, 1536, 12, 2, 8960, 151936, 131072, model_type="qwen2"),
     "gemma-2-2b": llama(26, 2304, 8, 4, 9216, 256000, 8192, tied=True, model_type="gemma2", head_dim=256),
     "gemma-2-9b": llama(42, 3584, 16, 8, 14336, 256000, 8192, tied=True, model_type="gemma2", head_dim=256),
     "gemma-2-27b": llama(46, 4608, 32, 16, 36864, 256000, 8192, tied=True, model_type="gemma2", head_dim=128),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..ledger import Tensor
-from ..models import Fields, ModelSpec, NotPriced, register
+from ..models import Fields, NotPriced, register
 from .decoder import Layer
 from .hugging_face import Matrices
 from .llama import Llama, LlamaDecoder
@@ -38,9 +38,6 @@ class SmolLM3(Llama):
     model_type = "smollm3"
     decoder, own_decoder = SmolLM3Decoder, None
     tied = True
-
-    def kind(self, spec: ModelSpec, run: Any, layer: int) -> object:
-        return spec.pattern[layer]
 
     def read(self, config: Fields) -> dict[str, Any]:
         if config.flag("use_sliding_window", False):
