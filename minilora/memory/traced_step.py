@@ -80,7 +80,6 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
         model, loss_of = (our_model if ours else partial(hugging_face_model, **theirs))(
             config, lora, DTYPES[dtype], checkpointing, method == "qlora")
         ids, targets = (torch.randint(words_of(config), (batch, seq)) for _ in range(2))  # (B, T)
-        masks = {} if rows == "equal" else {"attention_mask": torch.ones(batch, 1, seq, seq, dtype=torch.bool)}
     trained = [p for p in model.train().parameters() if p.requires_grad]
     opt = OPTIMIZERS[optimizer].make(trained, 1e-3)
     if isinstance(ids, FakeTensor):  # the optimizer's state is there, so that any step is like any other
@@ -95,12 +94,19 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
                 stack.enter_context(sdpa_kernel(list(KERNELS[attention])))
             for _ in range(accumulation):
                 with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
-                    value = loss_of(model, ids, targets, **masks)
+                    value = loss_of(model, ids, targets, **masks(rows, ids))
                 value.backward()
         opt.step()
         opt.zero_grad()
 
     return step
+
+
+def masks(rows: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Which token sees which, as the model itself makes it of rows that are not alike, (B, 1, T, T): only here is it
+    known that they are not, as fake tensors have no values."""
+    batch, seq = ids.shape
+    return {} if rows == "equal" else {"attention_mask": ids.new_ones(batch, 1, seq, seq, dtype=torch.bool)}
 
 
 def words_of(config) -> int:
