@@ -3,11 +3,12 @@
 import itertools
 
 import pytest
-from test_memory_estimate import MODES, traced
+from test_memory_estimate import MODES
 from test_memory_models import on_meta
 from transformers import AutoConfig
 
 from minilora.memory import ModelSpec, Training, estimate
+from minilora.memory.traced_bill import traced
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
          "intermediate_size": 96, "vocab_size": 512, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -18,11 +19,20 @@ METHODS = {"full": {"method": "full"}, "LoRA": {"target_modules": "all-linear"},
 ROWS = {"few tokens": {"batch": 1, "seq": 8}, "many": {"batch": 2, "seq": 60}}
 
 
+# of several kinds of layer, or with what the first three have not; the window is shorter than the longer rows
+LATER = {"mistral": {"sliding_window": 16}, "phi3": {"sliding_window": 16}, "phi3 of parts": {
+             "sliding_window": None, "partial_rotary_factor": 0.75},
+         "gemma3_text": {"sliding_window": 16, "num_hidden_layers": 8}, "olmo3": {
+             "sliding_window": 16, "num_hidden_layers": 6}, "glm4": {}, "smollm3": {"num_hidden_layers": 5},
+         "cohere": {"use_qk_norm": True}, "cohere without": {}, "gpt_bigcode": {"n_inner": 96}}
+LATER_CELLS = [("bf16", "full", "many", False), ("autocast", "LoRA", "few tokens", False), ("fp32", "LoRA", "many", True)]
+
+
 def config_of(family: str):
-    return AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
+    return AutoConfig.for_model(family.split()[0], **SIZES | (FAMILIES | LATER)[family])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *LATER])
 def test_total(family):
     config = config_of(family)
     assert ModelSpec.from_config(config.to_dict()).parameters == sum(p.numel() for p in on_meta(config).parameters())
@@ -34,7 +44,26 @@ def test_closed_form_is_the_trace(family, mode, method, rows, checkpointing):
     config = config_of(family)
     run = Training(rank=4, stack="transformers", checkpointing=checkpointing, **MODES[mode], **METHODS[method],
                    **ROWS[rows])
-    assert estimate(ModelSpec.from_config(config.to_dict()), run).peak == traced(config, run)
+    assert estimate(ModelSpec.from_config(config.to_dict()), run).peak == traced(config, run)[0].peak
+
+
+@pytest.mark.parametrize("family", LATER)
+@pytest.mark.parametrize("mode, method, rows, checkpointing", LATER_CELLS)
+def test_later_families_too(family, mode, method, rows, checkpointing):
+    test_closed_form_is_the_trace(family, mode, method, rows, checkpointing)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("options", [
+    {"attention": "efficient"}, {"attention": "efficient", "method": "full"}, {"attention": "plain"},
+    {"attention": "efficient", "dtype": "float32", "autocast": True, "checkpointing": True}, {"rows": "padded"},
+    {"rows": "padded", "attention": "efficient", "checkpointing": True}, {"rows": "packed", "method": "full"},
+    {"attention": "eager"}])
+def test_attention_without_flash_is_the_trace_of_it(kv_heads, options):
+    """Cards before sm80 have none, and a mask leaves it: kernels that keep more, or all scores."""
+    config = AutoConfig.for_model("llama", **SIZES | {"num_key_value_heads": kv_heads})
+    run = Training(**{"rank": 4, "stack": "transformers", "target_modules": "all-linear", "batch": 2, "seq": 60} | options)
+    assert estimate(ModelSpec.from_config(config.to_dict()), run).peak == traced(config, run)[0].peak
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -48,4 +77,4 @@ def test_trl_s_loss_is_the_trace_of_it(mode, method, seq, checkpointing):
     run = Training(rank=4, stack="trl", loss="chunked", checkpointing=checkpointing, batch=2, seq=seq,
                    optimizer="adamw_fused", adapter_dtype="bfloat16" if mode == "bf16" else "float32",
                    **MODES[mode], **METHODS[method])
-    assert estimate(ModelSpec.from_config(config.to_dict()), run).peak == traced(config, run)
+    assert estimate(ModelSpec.from_config(config.to_dict()), run).peak == traced(config, run)[0].peak

@@ -66,12 +66,46 @@ def test_175b_on_a_consumer_card():
     assert fits == ["stream a 4-bit base from the host", "stream the base from the host, layer by layer"]
 
 
+LLAMA = ModelSpec.preset("llama-3-8b")
+
+
+def test_a_card_without_flash_attention_is_priced_without():
+    """A T4 and an RTX 4080 have 16 GB each. Llama-3's heads are grouped, which only torch's plain attention takes on a
+    T4: all scores, in fp32. A false "fits" is what this is against."""
+    bill = estimate(LLAMA, Training.of_stack("trl", method="qlora", target_modules="all-linear", seq=4096))
+    new, old = (judge(bill, name) for name in ("rtx-4080", "t4"))
+    assert new.answer == FITS and new.taken == "" and new.need[0] == bill.peak
+    assert old.answer != FITS and old.need[0] - new.need[0] > LLAMA.heads * 4096**2 * 4
+    assert "efficient attention, as it has no flash attention and float16" in str(old)
+    apart = replace(LLAMA, kv_heads=LLAMA.heads)  # heads of their own: the memory-efficient kernel
+    bill = estimate(apart, Training.of_stack("trl", method="qlora", target_modules="all-linear", seq=4096))
+    assert judge(bill, "t4").need[0] < 1.02 * bill.peak
+    run = Training.of_stack("trl", target_modules="all-linear", attention="flash", dtype="float32")
+    assert "flash" not in str(judge(estimate(LLAMA, run), "a100-40"))
+    assert judge(estimate(LLAMA, run), "apple-m4-16").taken.startswith("priced with plain attention")
+
+
+def test_a_window_leaves_the_flash_path_where_rows_are_longer():
+    """Mistral-7B-v0.1 looks 4,096 tokens back: the mask of it, once a layer and step, and keys and values repeated."""
+    spec = ModelSpec.preset("mistral-7b-v0.1")
+    for seq, masked in ((4095, False), (4096, True), (8192, True)):
+        run = Training.of_stack("trl", target_modules="all-linear", seq=seq, checkpointing=False)
+        more = estimate(spec, run).peak - estimate(replace(spec, window=0), run).peak
+        assert (more > 2 * spec.layers * seq * seq) == masked
+    run = Training.of_stack("trl", seq=2048)
+    assert estimate(LLAMA, replace(run, rows="padded")).peak > estimate(LLAMA, run).peak
+    assert estimate(LLAMA, replace(run, rows="packed", attention="flash")).peak == estimate(
+        LLAMA, replace(run, attention="flash")).peak
+
+
 def test_every_card_is_judged():
     found = fit(SPEC, RUN)
     assert len(found.verdicts) == len(CARDS) and found.batch is None
     order = {FITS: 0, CLOSE: 1, NOT: 2}
-    answers = [order[v.answer] for v in sorted(found.verdicts, key=lambda v: v.usable, reverse=True)]
-    assert answers == sorted(answers)
+    for attention in {card.attention for card in CARDS.values()}:  # a card without flash attention needs more
+        alike = [v for v in found.verdicts if v.card.attention == attention]
+        answers = [order[v.answer] for v in sorted(alike, key=lambda v: v.usable, reverse=True)]
+        assert answers == sorted(answers)
 
 
 def test_the_command(capsys):

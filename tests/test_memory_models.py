@@ -24,6 +24,23 @@ TOTALS = {
     "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264,
     "qwen2.5-72b": 72_706_203_648, "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984,
     "gemma-2-27b": 27_227_128_320, "phi-3-mini": 3_821_079_552,
+    "opt-125m": 125_239_296, "opt-1.3b": 1_315_758_080, "opt-13b": 12_853_473_280, "bloom-560m": 559_214_592,
+    "bloom-7b1": 7_069_016_064, "santacoder": 1_124_886_528, "starcoderbase-1b": 1_137_207_296,
+    "starcoderbase-15b": 15_517_456_384, "llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496,
+    "llama-3.3-70b": 70_553_706_496, "tinyllama-1.1b": 1_100_048_384, "codellama-7b": 6_738_546_688,
+    "codellama-34b": 33_743_970_304, "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384, "smollm3-3b": 3_075_098_624, "yi-6b": 6_061_035_520, "yi-1.5-9b": 8_829_407_232,
+    "yi-34b": 34_388_917_248, "deepseek-llm-7b": 6_910_365_696, "deepseek-coder-1.3b": 1_346_471_936,
+    "deepseek-coder-6.7b": 6_740_512_768, "mistral-nemo-12b": 12_247_782_400, "mistral-small-24b": 23_572_403_200,
+    "codestral-22b": 22_247_282_688, "mistral-large-123b": 122_610_069_504, "qwen2-0.5b": 494_032_768,
+    "qwen2-7b": 7_615_616_512, "r1-qwen-1.5b": 1_777_088_000, "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952, "gemma-3-4b-text": 3_880_263_168, "gemma-3-12b-text": 11_766_034_176,
+    "gemma-3-27b-text": 27_009_346_304, "phi-3-medium": 13_960_238_080, "phi-3.5-mini": 3_821_079_552,
+    "phi-4": 14_659_507_200, "phi-4-mini": 3_836_021_760, "olmo-2-1b": 1_484_916_736, "olmo-2-7b": 7_298_617_344,
+    "olmo-2-13b": 13_716_198_400, "olmo-2-32b": 32_234_279_936, "olmo-3-7b": 7_298_011_136,
+    "olmo-3-32b": 32_233_522_176, "granite-3.1-2b": 2_533_531_648, "granite-3.1-8b": 8_170_848_256,
+    "glm-4-9b": 9_400_279_040, "command-r": 34_980_831_232, "command-r-plus": 103_810_674_688,
+    "aya-23-8b": 8_028_033_024,
 }
 
 # (model, rank, targets): what PEFT prints
@@ -41,7 +58,7 @@ def transformers_config(spec: ModelSpec):
     """The same shape in the words of the family's own config class."""
     from transformers import AutoConfig
 
-    if spec.family == "gpt2":
+    if spec.family in ("gpt2", "gpt_bigcode"):
         sizes = {"n_embd": spec.hidden, "n_layer": spec.layers, "n_head": spec.heads, "n_positions": spec.context}
     elif spec.family == "bloom":
         sizes = {"hidden_size": spec.hidden, "n_layer": spec.layers, "n_head": spec.heads}
@@ -50,6 +67,7 @@ def transformers_config(spec: ModelSpec):
                  "max_position_embeddings": spec.context, "intermediate_size": spec.ffn, "ffn_dim": spec.ffn,
                  "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim,
                  "word_embed_proj_dim": spec.embedding, "pad_token_id": 0}
+        sizes |= {"glm4": {"attention_bias": spec.qkv_bias}, "cohere": {"use_qk_norm": spec.qk_norm}}.get(spec.family, {})
     return AutoConfig.for_model(spec.family, vocab_size=spec.vocab, tie_word_embeddings=spec.tied, **sizes)
 
 
@@ -98,8 +116,8 @@ def test_adapters_are_those_of_peft(family, targets, tmp_path):
     from peft import LoraConfig, get_peft_model
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as defaults
 
-    heads = 4 if family in ("gpt2", "opt", "bloom") else 2
-    spec = ModelSpec("small", family, 3, 32, 4, heads, 8, 128 if heads == 4 else 48, 64, 40, FAMILIES[family].tied)
+    heads = 1 if family == "gpt_bigcode" else 4 if family in ("gpt2", "opt", "bloom") else 2
+    spec = ModelSpec("small", family, 3, 32, 4, heads, 8, 128 if heads != 2 else 48, 64, 40, FAMILIES[family].tied)
     config = transformers_config(spec)
     config.save_pretrained(tmp_path)
     spec = ModelSpec.from_config(tmp_path)
@@ -185,6 +203,11 @@ GOOD = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediat
     ({"model_type": "qwen9", "text_config": {}}, "text_config"),
     ({"model_type": "helium"}, "say family llama"),
     ({"model_type": "mixtral", "num_local_experts": 8}, "layers of several experts are not priced"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "is no causal language model"),
+    ({"model_type": "mistral", "sliding_window": -1}, "sliding_window must be a positive integer"),
+    ({"model_type": "gemma3_text", "layer_types": ["full_attention"]}, "layer_types must be a list of 2 times"),
+    ({"model_type": "smollm3", "no_rope_layers": 1}, "no_rope_layers must be a list of 2 numbers"),
+    ({"model_type": "glm4", "partial_rotary_factor": 2}, "partial_rotary_factor must be in (0, 1], got 2"),
     ({"num_local_experts": 8}, "num_local_experts is 8; layers of several experts are not priced"),
 ])
 def test_a_broken_config_says_which_field(change, words):

@@ -142,3 +142,12 @@ def test_a_base_stored_otherwise_is_refused_by_name(how, words):
 def test_what_is_said_of_quantisation_must_be_an_object():
     with pytest.raises(ValueError, match="quantization_config must be an object"):
         ModelSpec.from_config(quantised() | {"quantization_config": 4})
+
+
+@pytest.mark.parametrize("option", ["--dora", "--rank-pattern=q_proj:4", "--offload-optimizer", "--load-in-8bit", "--rslora"])
+@pytest.mark.parametrize("command", ["memory", "fit"])
+def test_what_is_not_priced_is_refused_with_the_reason(command, option, capsys):
+    assert main([command, "--model", "llama-3-8b", option]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"minilora {command}: {option.partition('=')[0]}: ") and err.count("\n") == 1
+    assert "not priced" in err or "no byte" in err

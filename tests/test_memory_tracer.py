@@ -18,8 +18,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from minilora.__main__ import main
 from minilora.llama import LlamaConfig
-from minilora.memory import trace
+from minilora.memory import ModelSpec, Training, trace
 from minilora.memory.cuda import MIB, CachingAllocator
+from minilora.memory.traced_bill import traced
 from minilora.memory.traced_step import training_step
 from minilora.memory.tracer import fake, measure
 
@@ -480,20 +481,23 @@ def folder(tmp_path):
 def test_the_command_traces_a_hugging_face_architecture(folder, capsys):
     assert main(["trace", "--config", str(folder), "--rank", "4", "--targets", "c_attn", "--seq", "16", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    with fake():
-        t = measure(training_step(gpt2(), rank=4, target_modules=("c_attn",), seq=16))
-    assert answer == t.to_dict() and answer["peak"] == t.peak == sum(answer["parts"].values())
+    run = Training.of_stack("trl", rank=4, target_modules=("c_attn",), seq=16)  # as `memory` takes it
+    t, count = traced(gpt2(), run)
+    assert answer == {"assumptions": run.assumptions()} | t.to_dict() and answer["peak"] == sum(answer["parts"].values())
+    assert count == ModelSpec.from_config(folder).parameters
     assert main(["trace", "--config", str(folder / "config.json"), "--method", "full", "--seq", "16"]) == 0
     assert "trainable weights" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change, says", [
     (["--config", "/nowhere"], "there is no /nowhere"),
-    (["--optimizer", "adam"], "near: adamw"),
+    (["--optimizer", "adam"], "near it: adamw"),
     (["--seq", "64"], "seq 64 is longer than the model's context of 32"),
     (["--seq", "many"], "invalid int value: 'many'"),
     (["--targets", "q_proj"], "q_proj"),
-    (["--kernels", "tpu"], "kernels must be"),
+    (["--kernels", "tpu"], "no kernels 'tpu'"), (["--kernels", "unsloth"], "the trace has kernels torch alone"),
+    (["--cards", "2"], "the trace has cards 1 alone"), (["--card", "t5"], "near it: t4"),
+    (["--stack", "minilora"], "the trace has stack transformers or trl alone"),
 ])
 def test_the_command_ends_in_one_line(folder, change, says, capsys):
     assert main(["trace", "--config", str(folder), "--seq", "16", *change]) == 2

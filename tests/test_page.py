@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from argparse import SUPPRESS
 from dataclasses import fields
 from html.parser import HTMLParser
 
@@ -52,7 +53,7 @@ def page_of(state: dict, **more) -> dict:
 def test_the_form_has_every_option_of_the_command_line():
     parser = Parser()
     add_memory_options(parser)
-    asked_there = {action.dest for action in parser._actions} - {"help", "json"}
+    asked_there = {action.dest for action in parser._actions if action.help != SUPPRESS} - {"help", "json"}
     page = Elements(document("served"))
     names = [a["name"] for name, a in page.found if name in ("input", "select", "textarea") and "name" in a]
     assert sorted(names) == sorted(asked_there) and set(names) == set(options())
@@ -100,7 +101,7 @@ def test_what_makes_no_sense_is_the_command_line_s_one_line(wrong):
 @pytest.mark.parametrize("text", [
     "", "{", "[]", "null", "9" * 5000, "[" * 100_000, "{}", '{"model_type": "llama"}', json.dumps(CONFIG),
     json.dumps(CONFIG | {"hidden_size": "wide"}), json.dumps(CONFIG | {"_name_or_path": "mine"}),
-    json.dumps(CONFIG | {"num_local_experts": 8}), json.dumps(CONFIG | {"quantization_config": {"load_in_4bit": True}}),
+    json.dumps(CONFIG | {"quantization_config": {"load_in_4bit": True}}),
     json.dumps(CONFIG | {"x": "y" * 2**20}), "é" * 600_000], ids=lambda text: text[:30])
 def test_a_config_is_read_as_the_command_line_reads_the_file(text, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
@@ -122,6 +123,8 @@ def test_a_file_of_50_megabytes_is_refused_by_its_size_alone(tmp_path, monkeypat
 def test_an_architecture_without_a_closed_form_is_named():
     said = page_of({"config": json.dumps(CONFIG | {"model_type": "bertram"})})["error"]
     assert "config.json is of model_type 'bertram'" in said and "--family llama" in said
+    said = page_of({"config": json.dumps(CONFIG | {"num_local_experts": 8})})["error"]
+    assert "several experts" in said and said.endswith("minilora memory --config FOLDER")
 
 
 @pytest.mark.parametrize("question", [

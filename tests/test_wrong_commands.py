@@ -11,6 +11,7 @@ import pytest
 import small
 import torch
 from test_adapter_tools import adapter_of, listing
+from wrong_configs import SIZES, as_json, failure, sample
 
 from minilora import cli
 
@@ -164,6 +165,32 @@ def test_a_wrong_line_is_one_line(command, world, monkeypatch, capsys):
         "list",
         "deep",
     }
+
+
+def test_damaged_configs_end_in_one_line(tmp_path, capsys):
+    """A part of `tests/bench/wrong_inputs.py`."""
+    failed = [(line, content[:200], wrong) for line, content in sample(60)
+              if (wrong := failure(line, content, tmp_path, capsys))]
+    assert not failed
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + as_json({"model_type": "llama", **SIZES}))
+    assert cli.main(["memory", "--config", str(tmp_path), "--seq", "16"]) == 0
+    assert capsys.readouterr().out.startswith("stack trl")
+
+
+def test_a_config_is_found_in_the_hub_s_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--owner--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "snapshots" / "abc" / "config.json").write_bytes(as_json({"model_type": "llama", **SIZES}))
+    assert cli.main(["memory", "--config", "owner/name", "--seq", "16"]) == 0
+    capsys.readouterr()
+    assert cli.main(["memory", "--config", "owner/nothing", "--seq", "16"]) == 2
+    assert "there is no owner/nothing" in capsys.readouterr().err
 
 
 def test_there_are_700():

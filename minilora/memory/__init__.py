@@ -9,21 +9,23 @@ The walk of an estimate, `estimate(ModelSpec.preset("llama-3-8b"), Training(meth
    makes its weights and its forward, `losses` ends it, `ledger` runs the graph back, the optimizer's entry plays its
    step. `ledger` notes when each storage is born and dies; `ops` has torch's operators on it, `fsdp` what other cards'
    shares add.
-4. `bill` plays four layers and five, follows the line through the two to the real number, finds the moment at which
-   most is held, and adds up what is held then by part and name. `costs` adds what moves.
+4. `bill` plays four layers and five (a turn more, where kinds of layers take turns), follows the line through the two
+   to the real number, finds the moment at which most is held, and adds up what is held then by part and name. `costs`
+   adds what moves.
 5. `fitting` puts a bill beside `cards`; `claims` puts it beside what papers say, `published` beside what cards held.
 
-The second instrument is apart from this: `traced_step` makes a real model and optimizer, `tracer` follows every storage
-of one real step on fake tensors, with CUDA's kernels (`cuda`) in the CPU's place, and TRL's loss (`traced_losses`). The
-two must agree to the byte. `traced_bill` answers with it for architectures that have no closed form.
+The second instrument is apart from this: `traced_models` makes a real model, `traced_step` a step of it with its
+optimizer, `tracer` follows every storage of one real step on fake tensors, with CUDA's kernels (`cuda`) in the CPU's
+place, and TRL's loss (`traced_losses`). The two must agree to the byte. `traced_bill` answers with it for architectures
+that have no closed form.
 
 Who imports whom, each only what stands to its left:
 
     config_file, stacks, presets, packages, ledger < fsdp, ops < activations, losses, optimizers < models < run
         < costs, linears < decoders/ < simulate < bill < fitting, claims, published < cli
-        (cards < fitting; optimizers, run, losses < traced_losses < traced_step < traced_bill < cli)
+        (cards < fitting; optimizers, run, losses < traced_losses < traced_models < traced_step < traced_bill < cli)
 
-Only `tracer`, `cuda` and the three `traced_...` import torch, and only when they are used.
+Only `tracer`, `cuda` and the `traced_...` import torch, and only when they are used.
 """
 
 from importlib import import_module

@@ -1,8 +1,9 @@
 """The bill of a training step: every byte at the moment at which most are held, by name, from the shapes alone.
 
 The step is played on a ledger of sizes (`simulate.py`) with the decoder's own lines (`decoders/`). A decoder's layers
-are alike, so every sum of live bytes is affine in their number: four layers and five are played, and the line through
-the two is followed to the real number. That takes milliseconds for any size.
+are alike, or of kinds that take turns, so every sum of live bytes is affine in their number: four layers and five are
+played (or as many more as a turn has), and the line through the two is followed to the real number. That takes
+milliseconds for any size.
 """
 
 from collections import Counter
@@ -110,11 +111,12 @@ def estimate(spec: ModelSpec, run: Training | Serving) -> Bill:
 
 def at_peak(spec: ModelSpec, run: Training | Serving, played: Callable[[int], Ledger]) -> Bill:
     """The bill at the moment at which most is live; `played(n)` is the ledger of n layers."""
-    if spec.layers <= 5:
-        ledgers, more = (played(spec.layers),), 0
-    else:
-        ledgers, more = (played(4), played(5)), spec.layers - 4
-    moments = [keyed_moments(ledger) for ledger in ledgers]
+    kinds = [spec.layout.kind(spec, i) for i in range(spec.layers)]
+    first, *second = two_depths(kinds)
+    ledgers, more = (played(first), *map(played, second)), 0
+    if second:
+        more = (spec.layers - first) // (second[0] - first)
+    moments = [keyed_moments(ledger, ALONE if len(set(kinds)) > 1 else 2) for ledger in ledgers]
     live = [live_bytes(ledger) for ledger in ledgers]
     few, many = moments[0], moments[-1]
     if more and few.keys() - many.keys():
@@ -136,12 +138,29 @@ def at_peak(spec: ModelSpec, run: Training | Serving, played: Callable[[int], Le
                 tuple(Row(part, name, *sizes) for (part, name), sizes in sorted(rows.items()) if sizes[1]))
 
 
-def keyed_moments(ledger: Ledger) -> dict[tuple, int]:
-    """Every moment by phase, layer (counted from the end from the third on) and number within the two."""
+ALONE = 3  # layers at the start that may differ from all others
+LONGEST_TURN = 12  # layers
+
+
+def two_depths(kinds: list, alone: int = ALONE) -> tuple[int, ...]:
+    """Two numbers of layers, a turn of kinds apart, both ending as the whole does; or the whole.
+
+    Args:
+        kinds: of each layer. alone: how many at the start need not take turns.
+    """
+    layers = len(kinds)
+    turn = next((n for n in range(1, LONGEST_TURN + 1) if kinds[alone:-n] == kinds[alone + n:]), layers)
+    first = alone + turn
+    first += (layers - first) % turn
+    return (first, first + turn) if first + turn < layers else (layers,)
+
+
+def keyed_moments(ledger: Ledger, start: int) -> dict[tuple, int]:
+    """Every moment by phase, layer (but for `start` of them counted from the end) and number within the two."""
     layers = max((layer for _, layer, _ in ledger.moments if layer is not None), default=0) + 1
     seen, keys = Counter(), {}
     for t, (phase, layer, _) in enumerate(ledger.moments):
-        place = phase, layer if layer is None or layer < 2 else layer - layers
+        place = phase, layer if layer is None or layer < start else layer - layers
         keys[(*place, seen[place])] = t
         seen[place] += 1
     return keys

@@ -3,23 +3,47 @@
 import json
 import sys
 import textwrap
-import warnings
 from argparse import SUPPRESS, BooleanOptionalAction
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..config import ALL_LINEAR
 from ..tables import bytes_text, table
 from .bill import estimate
-from .cards import Card
-from .config_file import read_config
-from .models import FAMILIES, PRESETS, ModelSpec
-from .run import KNOWN, METHODS, Serving, Training
+from .cards import CARDS, Card
+from .config_file import read_config, read_quantisation
+from .models import PRESETS, ModelSpec, NotPriced
+from .presets import CONFIGS
+from .run import KNOWN, Serving, Training
 from .stacks import STACKS
+
+if TYPE_CHECKING:
+    from .fitting import Verdict
+    from .traced_bill import TracedBill
 
 DEFAULT_STACK = "trl"  # on the command line; in Python a `Training` is our own unless it says otherwise
 SET_BY_STACKS = {name for stack in STACKS.values() for name in (*stack.defaults, *stack.qlora)}
+
+# what people ask for and what is not priced, each with the reason and what comes nearest
+NOT_PRICED = {
+    "dora": "DoRA's weight norms and what their backward keeps are not priced; a LoRA of that rank needs less",
+    "rslora": "rsLoRA changes the scaling alone, and no byte: leave it out",
+    "rank-pattern": "ranks that differ from matrix to matrix are not priced; the largest of them as --rank is the most",
+    "modules-to-save": "trained copies of whole modules (embedding, head) are not priced; each takes its weights, "
+                       "gradients and optimizer states once more",
+    "offload-optimizer": "an optimizer on the host (ZeRO-Offload) is not priced; paged_adamw is the nearest",
+    "offload-params": "parameters on the host that train are not priced; a frozen base can be: --base host",
+    "offload-activations": "TRL's offloading of activations is not priced; --stack unsloth sends layers' inputs to the "
+                           "host",
+    "reference-model": "a second model beside the one that trains (DPO) is not priced; with adapters it is the same "
+                       "base, and a batch has two answers for each prompt",
+    "generation": "a phase of generation between steps (GRPO) is not priced; --serve prices it by itself",
+    "load-in-8bit": "a base in 8 bits is not priced; 4 bits are: --method qlora",
+    "tensor-parallel": "matrices that are split over cards are not priced; ZeRO is: --cards and --zero",
+    "sequence-parallel": "rows that are split over cards are not priced; ZeRO is: --cards and --zero",
+}
 
 R = TypeVar("R", Training, Serving)
 
@@ -28,50 +52,56 @@ def memory_command(parser, arguments: list[str]) -> None:
     """What a training step of a model needs, or with --serve the answer to prompts."""
     add_memory_options(parser)
     options = parser.parse_args(arguments)
-    if options.config and not options.serve and not has_closed_form(options):
-        return by_trace(options)
-    spec = spec_of(options)
+    spec = shape_of(options)
+    if isinstance(spec, dict):
+        return by_trace(spec, options, [Card.of(options.card)] if options.card is not None else [])
     run = run_of(options, Serving if options.serve else Training, stored_as(spec))
     bill = estimate(spec, run)
-    verdict = None
+    more = []
     if options.card is not None:
         from .fitting import judge, turning_points
 
-        verdict = judge(bill, options.card)
+        more.append(judge(bill, options.card))
     if options.json:
-        print(json.dumps(as_dict(run, bill, verdict), indent=2))
+        print(json.dumps(as_dict(run, bill, *more), indent=2))
         return
-    more = [verdict] * bool(verdict)
-    if verdict and not options.serve:
+    if more and not options.serve:
         more += [filled(line) for line in turning_points(bill, options.card)]
     print(filled(run.assumptions()), bill.text(bars=sys.stdout.isatty()), *more, sep="\n\n")
 
 
-def has_closed_form(options) -> bool:
-    """Whether the config's family is known; what is wrong with the file is said elsewhere."""
-    kind = options.family or read_config(Path(options.config))[0].get("model_type")
-    return not isinstance(kind, str) or kind in FAMILIES or not kind
+def by_trace(config: dict, options, cards: list[Card]) -> None:
+    """The answer for an architecture without a closed form, and the verdict of each card."""
+    from .traced_bill import TracedBill, estimate_by_trace  # imports torch
 
+    run, bills = run_of(options, Training, read_quantisation_of(config)), {}
 
-def by_trace(options) -> None:
-    """The answer for an architecture without a closed form."""
-    from .fitting import FRAGMENTATION, WORKSPACE, Verdict
-    from .traced_bill import estimate_by_trace  # imports torch
+    def priced(run: Training) -> TracedBill:
+        if run not in bills:
+            bills[run] = estimate_by_trace(config, run)
+        return bills[run]
 
-    run, verdict = run_of(options, Training), None
-    bill = estimate_by_trace(options.config, run)
-    if options.card:
-        card = Card.of(options.card)
-        verdict = Verdict(card, (bill.peak, int(bill.peak * FRAGMENTATION) + WORKSPACE + bill.scratch), card.usable)
+    bill, verdicts = priced(run), [traced_verdict(priced, run, card) for card in cards]
     if options.json:
-        print(json.dumps(as_dict(run, bill, verdict), indent=2))
+        print(json.dumps(as_dict(run, bill, *verdicts), indent=2))
     else:
-        print(filled(run.assumptions()), bill, *[verdict] * bool(verdict), sep="\n\n")
+        print(filled(run.assumptions()), bill, *verdicts, sep="\n\n")
 
 
-def as_dict(run, bill, verdict) -> dict:
-    """What `memory --json` prints."""
-    return {"assumptions": run.assumptions()} | bill.to_dict() | ({"card": verdict.to_dict()} if verdict else {})
+def traced_verdict(priced: Callable[[Training], "TracedBill"], run: Training, card: Card) -> "Verdict":
+    from .fitting import FRAGMENTATION, WORKSPACE, Verdict, as_on
+
+    changed, taken = as_on(run, card)
+    bill = priced(replace(run, **changed))
+    need = bill.peak, int(bill.peak * FRAGMENTATION) + WORKSPACE + bill.scratch
+    return Verdict(card, need, card.usable, taken=taken)
+
+
+def as_dict(run, bill, *verdicts) -> dict:
+    """What `memory --json` prints: one verdict under "card", several under "cards"."""
+    said = [verdict.to_dict() for verdict in verdicts]
+    judged = {} if not said else {"card": said[0]} if len(said) == 1 else {"cards": said}
+    return {"assumptions": run.assumptions()} | bill.to_dict() | judged
 
 
 def fit_command(parser, arguments: list[str]) -> None:
@@ -81,7 +111,9 @@ def fit_command(parser, arguments: list[str]) -> None:
     add_run_options(parser)
     parser.add_argument("--card", help="one of those that `cards` lists; without it, all of them")
     options = parser.parse_args(arguments)
-    spec = spec_of(options)
+    spec = shape_of(options)
+    if isinstance(spec, dict):
+        return by_trace(spec, options, [Card.of(options.card)] if options.card is not None else list(CARDS.values()))
     run = run_of(options, Training, stored_as(spec))
     found = fit(spec, run, options.card)
     if options.json:
@@ -120,14 +152,12 @@ def models_command(parser, arguments: list[str]) -> None:
     else:
         body = [(s.name, s.layers, s.hidden, f"{s.heads}/{s.kv_heads}", s.head_dim, s.ffn, s.vocab, s.context,
                  "yes" if s.tied else "no", s.parameters) for s in PRESETS.values()]
-        print(table(("model", "layers", "hidden", "heads/kv", "head dim", "ffn", "vocab", "context", "tied",
+        print(table(("model", "layers", "hidden", "heads/kv", "dim", "ffn", "vocab", "context", "tied",
                      "parameters"), body))
 
 
 def cards_command(parser, arguments: list[str]) -> None:
     """The cards, and how much of each a run may use."""
-    from .cards import CARDS
-
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(arguments)
     if options.json:
@@ -138,38 +168,44 @@ def cards_command(parser, arguments: list[str]) -> None:
              f"{c.flops / 1e12:,.0f} TFLOP/s")
             for c in CARDS.values()]
     print(table(("card", "nominal", "driver reports", "usable", "bus", "16-bit"), rows))
-    print("usable: what the driver reports (93% to 100% of nominal where unknown) less 0.15 to 1.4 GB for CUDA")
+    print(filled("usable: what the driver reports (93% to 100% of nominal where unknown, 65% to 95% of memory that the "
+                 "system shares) less 0.15 to 1.4 GB for CUDA"))
 
 
 def trace_command(parser, arguments: list[str]) -> None:
-    """``python -m minilora trace --config FOLDER``: trace a step of the architecture in the folder's config.json."""
-    parser.add_argument("--config", required=True, help="a Hugging Face config.json, or its folder")
-    parser.add_argument("--method", default="lora", help=" or ".join(METHODS))
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--targets", default=ALL_LINEAR, help="modules to adapt, commas between them")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--seq", type=int, default=512)
-    parser.add_argument("--optimizer", default="adamw", help=", ".join(KNOWN["optimizer"]))
-    parser.add_argument("--dtype", default="bfloat16", help=", ".join(KNOWN["dtype"]))
-    parser.add_argument("--autocast", action="store_true", help="bf16 autocast")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute each layer in backward")
-    parser.add_argument("--dropout", type=float, default=0.0, help="LoRA's")
-    parser.add_argument("--kernels", default="cuda", help="cuda or cpu: whose kernels and dtypes to follow")
-    parser.add_argument("--json", action="store_true")
-    options = vars(parser.parse_args(arguments))
-    folder, kernels, as_json, targets = (options.pop(name) for name in ("config", "kernels", "json", "targets"))
-    options["target_modules"] = targets if targets == ALL_LINEAR else targets.split(",")
+    """``minilora trace --config FOLDER``: what one step of the architecture allocates, followed through all layers."""
+    add_run_options(parser)
+    parser.add_argument("--card", help="also say whether it fits this card: `cards` lists them")
+    options = parser.parse_args(arguments)
+    if options.family is not None:
+        raise ValueError("--family is of the closed form; a trace runs the architecture that the config names")
+    card = Card.of(options.card) if options.card is not None else None
+    config = dict(preset_config(options.model)) if options.model is not None else read_config(Path(options.config))[0]
+    run = run_of(options, Training, read_quantisation_of(config))
 
-    from .traced_step import read_architecture, training_step  # these two import torch
-    from .tracer import fake, measure
+    from .fitting import FRAGMENTATION, WORKSPACE, Verdict, as_on
+    from .traced_bill import check, scratch, traced  # these import torch
+    from .traced_models import as_config
 
-    config = read_architecture(folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a model without weights
-        with fake():
-            step = training_step(config, **options)
-        t = measure(step, kernels)
-    print(json.dumps(t.to_dict()) if as_json else t)
+    changed, taken = as_on(run, card) if card is not None else ({}, "")
+    run = replace(run, **changed)
+    check(run)
+    architecture = as_config(config, options.model or options.config)
+    t, _ = traced(architecture, run)
+    verdicts = []
+    if card is not None:
+        need = t.peak, int(t.peak * FRAGMENTATION) + WORKSPACE + scratch(architecture, run)
+        verdicts = [Verdict(card, need, card.usable, taken=taken)]
+    if options.json:
+        print(json.dumps(as_dict(run, t, *verdicts)))
+    else:
+        print(filled(run.assumptions()), t, *verdicts, sep="\n\n")
+
+
+def preset_config(name: str) -> dict:
+    """The config of a known model."""
+    ModelSpec.preset(name)  # or an error that lists near ones
+    return CONFIGS[name]
 
 
 # ---------------------------------------------------------------- a model and a run, as options
@@ -186,6 +222,8 @@ def add_run_options(parser) -> None:
         if field.name != "target_modules":
             add_option(parser, field)
     parser.add_argument("--json", action="store_true", help="for programs")
+    for name in NOT_PRICED:
+        parser.add_argument(f"--{name}", nargs="?", const="", default=SUPPRESS, help=SUPPRESS)
 
 
 def add_memory_options(parser) -> None:
@@ -212,12 +250,24 @@ def add_option(parser, field) -> None:
                                           f"default {DEFAULT_STACK if field.name == 'stack' else default}"))
 
 
-def spec_of(options) -> ModelSpec:
+def shape_of(options) -> ModelSpec | dict:
+    """The model's shape; of a model that has no closed form, what its config.json says."""
     if options.family is not None and options.model is not None:
         raise ValueError("--family goes with --config: the family of a known model is known")
     if options.model is not None:
         return ModelSpec.preset(options.model)
-    return ModelSpec.from_config(options.config, options.family)
+    try:
+        return ModelSpec.from_config(options.config, options.family)
+    except NotPriced:
+        if options.family is not None or getattr(options, "serve", False):
+            raise
+    return read_config(Path(options.config))[0]
+
+
+def read_quantisation_of(config: dict) -> dict:
+    """What a config.json says of a run on weights that are stored in 4 bits."""
+    stored = read_quantisation(config.get("quantization_config"), "config")
+    return {"method": "qlora", "quantisation": stored["quantised"]} if stored else {}
 
 
 def stored_as(spec: ModelSpec) -> dict:
@@ -230,6 +280,8 @@ def run_of(options, kind: type[R], of_base: dict | None = None) -> R:
     targets = options.targets
     if targets and targets != ALL_LINEAR and not set(targets) & set("*+?|()[]{}\\^$"):
         targets = tuple(target.strip() for target in targets.split(","))
+    if asked := [name for name in NOT_PRICED if hasattr(options, name.replace("-", "_"))]:
+        raise ValueError(f"--{asked[0]}: {NOT_PRICED[asked[0]]}")
     given = {f.name: getattr(options, f.name) for f in fields(Training) + fields(Serving) if hasattr(options, f.name)}
     given |= {"target_modules": targets} if targets else {}
     if stray := [name for name in given if name not in kind.__dataclass_fields__]:

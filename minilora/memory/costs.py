@@ -31,6 +31,15 @@ def weight_bytes(spec: ModelSpec, run: Run) -> tuple[int, int]:
     return four_bit + biases * WIDTH[run.dtype] + norms * width, spec.outer_parameters * width
 
 
+def preparation(spec: ModelSpec, run: Run) -> int:
+    """What `prepare_model_for_kbit_training` holds at most: parameter after parameter becomes fp32, and at the last
+    table both versions of it are there. 0 where nothing is prepared."""
+    if not run.upcasts or run.upcast != "all":
+        return 0
+    layer, outer = weight_bytes(spec, run)
+    return spec.layers * layer + outer + spec.vocab * spec.embedding * WIDTH[run.dtype]
+
+
 def visitors(spec: ModelSpec, run: Training) -> list[tuple[str, int]]:
     """Weights that are on the device for a while: of a streamed base, or of one that is sharded, gathered from all
     cards. While a layer computes, the next one is fetched."""

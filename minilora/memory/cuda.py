@@ -111,7 +111,8 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=
     """
     size, grouped = q.shape[-1], enable_gqa and q.shape[-3] != k.shape[-3]
     scale = size**-0.5 if scale is None else scale
-    flash = q.dtype in (torch.float16, torch.bfloat16) and attn_mask is None and size <= 256 and q.dim() == 4
+    flash = q.dtype in (torch.float16, torch.bfloat16) and attn_mask is None and q.dim() == 4
+    flash = flash and size <= 256 and size == k.shape[-1] == v.shape[-1]
     if flash and torch.backends.cuda.flash_sdp_enabled() and (not is_causal or q.shape[-2] == k.shape[-2]):
         q, k, v = (nn.functional.pad(x, (0, -size % 8)) if size % 8 else x for x in (q, k, v))
         y = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
@@ -121,6 +122,8 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=
         if attn_mask is not None and attn_mask.dtype == torch.bool:  # turned into what is added to the scores
             attn_mask = torch.where(attn_mask, *(torch.scalar_tensor(x, dtype=q.dtype) for x in (0, -torch.inf)))
         if attn_mask is not None:
+            if extra := -attn_mask.shape[-1] % 8:  # attention.cpp, `pad_bias`
+                attn_mask = nn.functional.pad(attn_mask, (0, extra))[..., :-extra]
             attn_mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, keep, dropout_p, is_causal,

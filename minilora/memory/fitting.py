@@ -8,14 +8,15 @@ between blocks, kernels take scratch, CUDA takes some for itself. So a need is a
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from ..tables import bytes_text, table
 from .bill import Bill, estimate
 from .cards import CARDS, Card
-from .costs import flops
+from .costs import flops, preparation
 from .ledger import WIDTH
 from .models import ModelSpec
-from .run import Training
+from .run import Serving, Training
 
 # reserved / allocated at the peak: 1.01 to 1.24 in traced steps (tests/bench/fragmentation.py, and GPT-2 XL whole)
 FRAGMENTATION = 1.25
@@ -31,6 +32,7 @@ class Verdict:
 
     bus_seconds, compute_seconds: what a streamed step takes at least: its bytes' way over the card's bus, and its
         products at the card's best. The two go on side by side. 0 for a base on the device.
+    taken: what was priced otherwise than asked, as this card cannot do it.
     """
 
     card: Card
@@ -38,6 +40,7 @@ class Verdict:
     usable: tuple[int, int]
     bus_seconds: float = 0.0
     compute_seconds: float = 0.0
+    taken: str = ""
 
     @property
     def answer(self) -> str:
@@ -51,13 +54,13 @@ class Verdict:
     def to_dict(self) -> dict:
         return {"card": self.card.name, "answer": self.answer, "margin": self.margin, "need_low": self.need[0],
                 "need_high": self.need[1], "usable_low": self.usable[0], "usable_high": self.usable[1],
-                "bus_seconds": self.bus_seconds, "compute_seconds": self.compute_seconds}
+                "bus_seconds": self.bus_seconds, "compute_seconds": self.compute_seconds, "taken": self.taken}
 
     def __str__(self):
         return (f"{self.card.name}: {self.answer}; needs {bytes_text(self.need[0])} to {bytes_text(self.need[1])} of "
                 f"{bytes_text(self.usable[0])} to {bytes_text(self.usable[1])}, margin {bytes_text(self.margin)}"
                 + f"; a step takes at least {self.bus_seconds:.2f} s on the bus and {self.compute_seconds:.2f} s of "
-                  "computing beside it" * bool(self.bus_seconds))
+                  "computing beside it" * bool(self.bus_seconds)) + f"; {self.taken}" * bool(self.taken)
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,26 @@ def fit(spec: ModelSpec, run: Training, card: str | None = None) -> Fit:
 
 
 def judge(bill: Bill, card: Card | str) -> Verdict:
-    """One bill against one card."""
+    """One bill against one card. What the card cannot do is priced as torch does it there."""
     card = Card.of(card) if isinstance(card, str) else card
-    seconds = ()
+    changed, taken = as_on(bill.run, card)
+    bill = priced(bill.spec, replace(bill.run, **changed)) if changed else bill
+    seconds = (0.0, 0.0)
     if isinstance(bill.run, Training) and bill.run.streamed:
         seconds = sum(bill.moved.values()) / card.bus, flops(bill.spec, bill.run) / card.flops
-    return Verdict(card, need(bill), card.usable, *seconds)
+    return Verdict(card, need(bill), card.usable, *seconds, taken)
+
+
+def as_on(run: Training | Serving, card: Card) -> tuple[dict[str, Any], str]:
+    """What of a run this card does otherwise, and a line that says so."""
+    changed = {}
+    if card.attention != "fused" and run.attention in ("fused", "flash"):
+        changed["attention"] = card.attention
+    if not card.bf16 and run.dtype == "bfloat16":
+        changed["dtype"] = "float16"
+    said = {"attention": f"{card.attention} attention, as it has no flash attention",
+            "dtype": "float16, as it does not multiply bfloat16"}
+    return changed, "priced with " + " and ".join(said[name] for name in changed) if changed else ""
 
 
 # settings that are often other than they are taken to be, and what else they may be
@@ -145,6 +162,7 @@ OFTEN_OTHERWISE: dict[str, Callable[[Training], dict]] = {
     "with the loss of all logits at once": lambda r: {"loss": "whole"} if r.loss != "whole" else {},
     "with the loss in chunks": lambda r: {"loss": "chunked"} if r.loss == "whole" and r.software.peft else {},
     "with eager attention": lambda r: {"attention": "eager"} if r.attention != "eager" and r.software.peft else {},
+    "with padded or packed rows": lambda r: {"rows": "padded"} if r.rows == "equal" and r.software.peft else {},
     "without autocast": lambda r: {"autocast": False} if r.autocast else {},
     "with autocast": lambda r: {"autocast": True} if not r.autocast else {},
     "with embedding, norms and head in fp32 (prepare_model_for_kbit_training)":
@@ -166,21 +184,22 @@ def turning_points(bill: Bill, card: Card | str) -> list[str]:
 
 def need(bill: Bill) -> tuple[int, int]:
     """The least and the most that tensors, their allocator and the kernels may ask for."""
-    return bill.peak, int(bill.peak * FRAGMENTATION) + WORKSPACE + scratch(bill)
+    before = preparation(bill.spec, bill.run)
+    return max(bill.peak, before), max(int(bill.peak * FRAGMENTATION) + WORKSPACE + scratch(bill), before)
 
 
 def scratch(bill: Bill) -> int:
     """What the backward of flash attention takes and gives back: the gradient of q in fp32, and with grouped heads
     those of k and v for every query head."""
     run, spec = bill.run, bill.spec
-    if run.attention == "flash":
-        return 0  # it is in the bill
+    if run.attention in ("flash", "plain", "eager"):
+        return 0  # it is in the bill, or there is none
     elements = run.batch * run.seq * spec.heads * spec.head_dim
     return elements * (4 + 2 * WIDTH["bfloat16"] * (spec.heads != spec.kv_heads))
 
 
 @lru_cache(maxsize=4096)
-def priced(spec: ModelSpec, run: Training) -> Bill:
+def priced(spec: ModelSpec, run: Training | Serving) -> Bill:
     return estimate(spec, run)
 
 

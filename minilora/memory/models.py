@@ -16,7 +16,7 @@ from typing import Any
 from ..config import ALL_LINEAR, LoRAConfig
 from ..tables import plain, quoted
 from .activations import ACTIVATIONS
-from .config_file import Fields, read_config, suggest
+from .config_file import Fields, read_config, read_quantisation, suggest
 from .presets import CONFIGS
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -38,6 +38,10 @@ class Linear:
     @property
     def parameters(self) -> int:
         return self.out * (self.inp + self.bias)
+
+
+class NotPriced(ValueError):
+    """A config that is right, of a model that has no closed form here."""
 
 
 # ---------------------------------------------------------------- families
@@ -80,6 +84,7 @@ class Family:
     attention_dropout, attention_dropout_field = 0.0, "attention_dropout"
     attention_bias_field = mlp_bias_field = ""  # "": as `biased` says
     experts = False  # its layers have several MLPs, and a token goes through some of them
+    window: int | None = None  # how many tokens back it sees, if its config is silent; 0: to the first; None: always
 
     def linears(self, spec: "ModelSpec") -> tuple[Linear, ...]:
         """The matrices of one layer, in the order in which the layer uses them."""
@@ -94,6 +99,10 @@ class Family:
     def extra_norms(self, spec: "ModelSpec") -> dict[str, int]:
         """Norms inside a layer that are not as wide as the residual stream: name -> width."""
         return {}
+
+    def kind(self, spec: "ModelSpec", layer: int) -> object:
+        """What tells a layer's step from another's; where all say the same, layers are alike."""
+        return spec.pattern[layer] if spec.pattern else None
 
     def check(self, run: Any) -> None:
         """Refuse what of this family's step is not priced."""
@@ -124,6 +133,7 @@ class Family:
             "qkv_bias": bias or self.qkv_bias, "out_bias": bias,
             "mlp_bias": config.flag(self.mlp_bias_field, False) if self.mlp_bias_field else bias and self.biased,
             "activation": config.word(self.activation_field, self.activation, tuple(ACTIVATIONS)),
+            "window": config.window(self.window) if self.window is not None else 0,
             "dropout": config.share(self.dropout_field, self.dropout),
             "attention_dropout": config.share(self.attention_dropout_field, self.attention_dropout)}
 
@@ -131,7 +141,7 @@ class Family:
 class Families(MutableMapping[str, Family]):
     """model_type -> family: those in files of `decoders/`, each read when it is first asked for, and any set here."""
 
-    no_family = ("decoder", "hugging_face", "minilora")  # files that families share
+    no_family = ("decoder", "hugging_face", "minilora", "several_kinds")  # files that families share
     unlisted = ("mixtral_until_4",)  # no config.json calls itself so
 
     def __init__(self):
@@ -192,6 +202,9 @@ class ModelSpec:
         experts, experts_a_token: MLPs of a layer, and how many of them a token goes through; 0: there is one MLP.
         quantised: how its linears are stored, if in 4 bits, "nf4" or "gptq"; group: weights to a scale in GPTQ, 0: all
             of a column.
+        window: how many tokens back its attention sees, 0: to the first; pattern: the kind of each layer, where
+            there are several; rotary: the share of a head that turns; qk_norm: q and k have norms, where a family
+            leaves that open.
     """
 
     name: str
@@ -218,6 +231,10 @@ class ModelSpec:
     experts_a_token: int = 0
     quantised: str = ""
     group: int = 0
+    window: int = 0
+    pattern: tuple[str, ...] = ()
+    rotary: float = 1.0
+    qk_norm: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "embedding", self.embedding or self.hidden)
@@ -290,12 +307,18 @@ class ModelSpec:
         """
         config, name = (source, name) if isinstance(source, Mapping) else read_config(Path(source))
         kind = family or config.get("model_type")
-        if not isinstance(kind, str) or kind not in FAMILIES:
+        if not isinstance(kind, str):
             raise ValueError(unknown_family(kind, config, name))
+        if kind not in FAMILIES:
+            raise NotPriced(unknown_family(kind, config, name))
         experts = None if FAMILIES[kind].experts else next((field for field in EXPERTS if config.get(field)), None)
         if experts:
-            raise ValueError(f"{name}: {experts} is {quoted(config[experts])}; layers of several experts are not "
-                             "priced")
+            raise NotPriced(f"{name}: {experts} is {quoted(config[experts])}; layers of several experts are not "
+                            "priced")
+        named = config["architectures"][:1] if isinstance(config.get("architectures"), list) else []
+        named = named[0] if named else None
+        if isinstance(named, str) and "For" in named and "ForCausalLM" not in named:
+            raise NotPriced(f"{name}: {plain(named, 80)} is no causal language model; other kinds have no closed form")
         sizes = FAMILIES[kind].read(Fields(config, name, kind, FAMILIES[kind].names))
         sizes |= read_quantisation(config.get("quantization_config"), name)
         return cls(name=plain(config.get("_name_or_path") or name, 80), family=kind, **sizes)
@@ -319,27 +342,6 @@ def adapted(spec: ModelSpec, wanted: str | tuple[str, ...] | None) -> tuple[Line
             raise ValueError(f"target {entry!r} means other matrices in one layer than in another; the bill is "
                              f"made for layers that are alike. There are: {', '.join(short)}")
     return tuple(m for m in linears if config.matches(f"{spec.layout.layer}0.{m.name}"))
-
-
-def read_quantisation(config: object, name: str) -> dict[str, Any]:
-    """What a config.json says of how its weights are stored, or the reason why that is not priced."""
-    if config is None:
-        return {}
-    if not isinstance(config, Mapping):
-        raise ValueError(f"{name}: quantization_config must be an object with fields, got {quoted(config)}")
-    method = config.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in config else None)
-    if method == "bitsandbytes" and config.get("load_in_4bit"):
-        return {"quantised": "nf4"}
-    if method == "gptq" and config.get("bits") == 4:
-        group = config.get("group_size", -1)
-        if type(group) is not int or group < -1 or not group:
-            raise ValueError(f"{name}: quantization_config's group_size must be -1 or a positive integer, got "
-                             f"{quoted(group)}")
-        return {"quantised": "gptq", "group": max(group, 0)}
-    bits = f" in {config.get('bits') or ('8' if config.get('load_in_8bit') else 'unknown')} bits"
-    stored = plain(method or "quantization_config", 80) + plain(bits, 80)
-    raise ValueError(f"{name}: its weights are stored as {stored}, which is not priced; priced are "
-                     "bitsandbytes in 4 bits, gptq in 4 bits, and weights in 16 or 32")
 
 
 def unknown_family(kind: object, config: Mapping, name: str) -> str:

@@ -179,19 +179,30 @@ class Ops(Ledger):
         node = self.node("embedding", [table], [ids], lambda s, g, n: [self.new(count, size, "weight gradient")])
         return self.new(ids.count * width, size, "output", node=node)
 
-    def fused_attention(self, q: Tensor, k: Tensor, v: Tensor, stats: int) -> Tensor:
-        """One kernel; keeps q, k, v, the result, the log-sum-exp of every row (`stats` of them, fp32), a seed."""
+    def fused_attention(self, q: Tensor, k: Tensor, v: Tensor, stats: int, mask: tuple[int, int] | None = None,
+                        ) -> Tensor:
+        """One kernel; keeps q, k, v, the result, the log-sum-exp of every row (`stats` of them, fp32), a seed, and of
+        a mask over (batch, tokens, tokens), if there is one, what is added to the scores."""
         v, k, q = self.amp(v), self.amp(k), self.amp(q)
         sizes = [(t.count, t.width) for t in (q, k, v)]
+        bias = self.added_mask(*mask, q.width) if mask else None
 
         def back(saved, grads, needs):
             return [self.new(*size, f"gradient of {'qkv'[i]}", also=i > 0) for i, size in enumerate(sizes)]
 
-        node = self.node("attention", [q, k, v], [q, k, v], back)
+        node = self.node("attention", [q, k, v], [q, k, v, bias], back)
         out = self.new(q.count, q.width, "output", node=node)
         rest = [self.new(*size, also=True) for size in ((stats, 4, "log-sum-exp"), (2, 8, "seed"), (1, 8, "seed"))]
         self.keep(node, [out, *rest])
         return out
+
+    def added_mask(self, batch: int, seq: int, width: int) -> Tensor:
+        """A mask of truth values as what is added to the scores: 0 and -inf, rows of a multiple of 8 (torch's
+        attention.cpp, `convert_boolean_attn_mask` and `pad_bias`)."""
+        numbers = [self.new(1, width, "0 and -inf") for _ in range(2)]
+        bias = self.new(batch * seq * seq, width, "mask to add")
+        del numbers
+        return self.new(batch * seq * (seq + -seq % 8), width, "mask to add, padded") if seq % 8 else bias
 
     def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int, seq: int, head_dim: int) -> Tensor:
         """The package flash-attn (2.7, flash_attn_interface.py and csrc/flash_attn/flash_api.cpp): what torch's own
@@ -221,23 +232,33 @@ class Ops(Ledger):
         self.keep(node, [x, weight, self.new(count // size, 4, "1 / rms")])
         return y
 
-    def plain_attention(self, q: Tensor, k: Tensor, v: Tensor, batch: int, seq: int, heads: int, width: int) -> Tensor:
-        """torch's fallback, with all scores in memory: for grouped heads in fp32, where CUDA has no fused kernel."""
-        out, scores = q.count, batch * heads * seq * seq
-        q = self.unary(q, "scaled q")
+    def plain_attention(self, q: Tensor, k: Tensor, v: Tensor, batch: int, seq: int, heads: int) -> Tensor:
+        """torch's fallback where no fused kernel will do (attention.cpp, `_scaled_dot_product_attention_math`): all
+        scores are in memory, in fp32 whatever q is."""
+        given = q, k, v  # held by the caller
+        narrow = tuple(self.amp(t) for t in given)
+        before, self.autocast = self.autocast, False  # it is off inside the operator
+        out, scores, width = q.count, batch * heads * seq * seq, narrow[0].width
+        wide = tuple(self.cast(t, 4) for t in narrow)
+        q = self.unary(wide[0], "scaled q")
         if seq > 1:
             ones = self.new(seq * seq, 1, "ones")
             lower = self.new(seq * seq, 1, "causal mask")
             del ones
-            numbers = [self.new(1, width, "0 and -inf") for _ in range(2)]
-            mask = self.new(seq * seq, width, "causal mask")
+            numbers = [self.new(1, 4, "0 and -inf") for _ in range(2)]
+            mask = self.new(seq * seq, 4, "causal mask")
             del lower, numbers
-        k, v = (self.unary(t, "repeated", count=out) for t in (k, v))
+        k, v = (self.unary(t, "repeated", count=out) if t.count != out else t for t in wide[1:])
         scaled = self.unary(k, "scaled k")
         w = self.bmm(self.copy(q), scaled, scores, "scores")
         del scaled
         w = self.unary(w, "softmax", "output")
-        return self.bmm(w, v, out, "output")
+        y = self.bmm(w, v, out, "output")
+        if width != 4:
+            y = self.cast(y, width), self.new(scores, width, "scores")
+            y = y[0]
+        self.autocast = before
+        return y
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss: log-softmax (kept), then the mean of the targets' entries."""

@@ -50,7 +50,7 @@ class Measured:
         if self.row["source"].startswith("peft "):
             return "what was reserved, not allocated, of rows of unknown lengths up to 768"
         if "bigcode" in self.row["model"]:
-            return "GPTBigCode has no closed form"
+            return "rows of 4,096 tokens, and the model has 2,048 positions: what was run is not known"
         return ""
 
     @property

@@ -12,7 +12,8 @@ from .optimizers import OPTIMIZERS
 from .stacks import STACKS, Stack
 
 METHODS = ("full", "lora", "qlora")
-ATTENTION = ("fused", "flash", "eager")
+ATTENTION = ("fused", "efficient", "plain", "flash", "eager")
+ROWS = ("equal", "padded", "packed")
 BASES = ("device", "host", "disk")
 LOSSES = ("whole", "chunked", "fused")
 UPCASTS = ("all", "norms", "none")
@@ -20,7 +21,7 @@ KERNELS = ("torch", "unsloth")
 QUANTISATIONS = ("nf4", "gptq")
 # what the fields may be, by their names
 KNOWN = {"method": METHODS, "optimizer": OPTIMIZERS, "dtype": WIDTH, "stack": STACKS, "attention": ATTENTION,
-         "base": BASES, "zero": (0, 1, 2, 3), "loss": LOSSES, "upcast": UPCASTS, "kernels": KERNELS,
+         "rows": ROWS, "base": BASES, "zero": (0, 1, 2, 3), "loss": LOSSES, "upcast": UPCASTS, "kernels": KERNELS,
          "adapter_dtype": WIDTH, "quantisation": QUANTISATIONS}
 LEAST = {"rank": 1, "group": 0, "batch": 1, "seq": 1, "accumulation": 1, "cards": 1, "prompt": 1, "new": 0,
          "adapters": 0}
@@ -44,6 +45,7 @@ class Run:
     quantisation: str
     stack: str
     attention: str
+    rows: str = "equal"
     autocast: bool = False
     loss: str = "whole"
     upcast: str = "all"
@@ -80,9 +82,13 @@ class Run:
             if self.rank > min(m.out, m.inp):
                 raise ValueError(f"rank {self.rank} is larger than {m.name} allows: its weight is {m.out} x {m.inp}, "
                                  f"so at most {min(m.out, m.inp)}")
-        if self.attention != "fused" and self.own_decoder(spec):
-            raise ValueError(f"our decoder has fused attention alone; {self.attention} attention is of the other "
-                             "stacks, such as stack transformers")
+        if self.own_decoder(spec):
+            if self.attention in ("flash", "eager"):
+                raise ValueError(f"our decoder has fused attention alone; {self.attention} attention is of the other "
+                                 "stacks, such as stack transformers")
+            if self.rows == "packed":
+                raise ValueError("our decoder has no mask between rows that are packed; rows packed is of the other "
+                                 "stacks, such as stack trl")
 
     def targets(self, spec: ModelSpec) -> tuple[Linear, ...]:
         """The matrices of a layer that have an adapter."""
@@ -142,8 +148,12 @@ class Training(Run):
         upcast: what is fp32 on a 4-bit base of PEFT's: "all" that is no matrix of a layer, as
             `prepare_model_for_kbit_training` makes it; "norms" alone, as trl 0.13 left it; "none".
         kernels: "torch", or "unsloth": its norm, rotary positions and loss, and on a 4-bit base its adapters.
-        attention: "fused" (torch's own), "flash" (the package flash-attn, whose scratch is in torch's allocator), or
-            "eager": all scores in memory. Gemma-2 and BLOOM have only that.
+        attention: "fused" (torch's own), "efficient" (torch's own on cards before sm80, which have no flash attention:
+            its memory-efficient kernel, for grouped heads the plain one), "plain" (torch's with all scores in memory),
+            "flash" (the package flash-attn, whose scratch is in torch's allocator), or "eager" (transformers' own, all
+            scores in memory). Gemma-2 and BLOOM have only that.
+        rows: "equal", or "padded" or "packed" from examples of unequal lengths: the mask that tells them apart keeps
+            torch's attention from its flash kernel.
         cards: on how many the step runs, each with a batch of its own; the bill is of one card.
         zero: what they share out: 0 nothing (DistributedDataParallel), 1 optimizer states, 2 gradients too, 3 weights
             too (ZeRO, 1910.02054; FSDP is stage 3).
@@ -175,6 +185,7 @@ class Training(Run):
     upcast: str = "all"
     kernels: str = "torch"
     attention: str = "fused"
+    rows: str = "equal"
     cards: int = 1
     zero: int = 0
     base: str = "device"

@@ -7,10 +7,10 @@ from typing import Any
 
 from ..memory.bill import Bill
 from ..memory.cards import Card
-from ..memory.cli import SET_BY_STACKS, as_dict, run_of, spec_of, stored_as
+from ..memory.cli import SET_BY_STACKS, as_dict, run_of, shape_of, stored_as
 from ..memory.config_file import check_size, parsed
 from ..memory.fitting import Verdict, judge, priced
-from ..memory.models import ModelSpec
+from ..memory.models import ModelSpec, NotPriced
 from ..memory.run import Serving, Training
 from .options import CONFIG, FIELDS, State, options, parser, words_of
 
@@ -51,12 +51,20 @@ def asked(state: tuple[tuple[str, str], ...]) -> Asked:
     if "config" in filled:
         text = filled["config"].encode(errors="surrogatepass")
         check_size(len(text), CONFIG)
-        spec = ModelSpec.from_config(parsed(text, CONFIG), given.family, CONFIG)
+        spec = shape_of_config(parsed(text, CONFIG), given.family)
     else:
-        spec = spec_of(given)
+        spec = shape_of(given)
+        assert isinstance(spec, ModelSpec)  # as every known model's is
     run = run_of(given, Serving if given.serve else Training, stored_as(spec))
     run.check(spec)
     return Asked(state, tuple(words), spec, run, None if given.card is None else Card.of(given.card))
+
+
+def shape_of_config(config: dict, family: str | None) -> ModelSpec:
+    try:
+        return ModelSpec.from_config(config, family, CONFIG)
+    except NotPriced as error:  # following its own code takes PyTorch, which no browser has
+        raise ValueError(f"{error}; the command line answers for it: minilora memory --config FOLDER") from None
 
 
 def state_of(was: Asked, run: Training) -> dict[str, str]:
@@ -115,4 +123,4 @@ def effective(was: Asked) -> dict[str, str]:
 
 
 def as_json(was: Asked) -> dict[str, Any]:
-    return as_dict(was.run, was.bill, was.verdict)
+    return as_dict(was.run, was.bill, *[was.verdict] * bool(was.verdict))

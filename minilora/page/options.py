@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from argparse import BooleanOptionalAction
+from argparse import SUPPRESS, BooleanOptionalAction
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -57,7 +57,7 @@ def options() -> dict[str, Option]:
     told = abouts(Serving) | abouts(Training)
     found = {}
     for action in parser()._actions:
-        if action.dest in LEFT_OUT:
+        if action.dest in LEFT_OUT or action.help == SUPPRESS:  # the latter are there to be refused with a reason
             continue
         field = FIELDS.get(action.dest, action.dest)
         flag, switch = isinstance(action, BooleanOptionalAction), action.nargs == 0

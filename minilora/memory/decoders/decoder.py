@@ -24,6 +24,8 @@ class Decoder:
     A kind of decoder says how it embeds, what its layers share (`tables`), its block, its norm and its loss.
     """
 
+    layers_see_positions = True  # their numbers are an argument of each layer, so a checkpointed one holds them
+
     def __init__(self, ops: Ops, spec: ModelSpec, run: Run, layers: int):
         self.ops, self.spec, self.run = ops, spec, run
         linear, adapted = LINEARS[run.software.linear], run.targets(spec)
@@ -52,11 +54,11 @@ class Decoder:
         """The first layer's input, N C, and what the model's forward holds beside it."""
         raise NotImplementedError
 
-    def tables(self, x: Tensor) -> list[Tensor]:
+    def tables(self, x: Tensor) -> list:
         """What all layers share: rotary tables, masks."""
         raise NotImplementedError
 
-    def block(self, x: Tensor, layer: Layer, tables: list[Tensor]) -> Tensor:
+    def block(self, x: Tensor, layer: Layer, tables: list) -> Tensor:
         """One layer, N C -> N C."""
         raise NotImplementedError
 
@@ -86,7 +88,9 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             ops.place = ("forward", i)
 
-            def run(x: Tensor, layer=layer, tables=self.tables_of(tables, i), held=held[1:2]) -> Tensor:  # noqa: B008
+            numbers = held[1:2] if self.layers_see_positions else []
+
+            def run(x: Tensor, layer=layer, tables=self.tables_of(tables, i), held=numbers) -> Tensor:  # noqa: B008
                 return self.block(x, layer, tables)
 
             x = ops.checkpoint(run, x) if self.run.checkpointing else run(x)
@@ -133,7 +137,7 @@ class Decoder:
         self.cache += room
         return tuple(Tensor(t.count, t.width, r.storage) for t, r in zip((k, v), room))
 
-    def tables_of(self, tables: list[Tensor], layer: int) -> list[Tensor]:
+    def tables_of(self, tables: list, layer: int) -> list:
         """Those that this layer holds."""
         return tables
 
@@ -142,20 +146,30 @@ class Decoder:
         square = self.ops.unary(wide, "square", "input", POWER)
         return self.ops.unary(square, "mean", count=wide.count // (row or self.spec.hidden))
 
-    def fused_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`scaled_dot_product_attention`, causal: the kernel that CUDA chooses."""
+    def kernel(self, q: Tensor, k: Tensor, mask: Tensor | None) -> str:
+        """Which one `scaled_dot_product_attention` takes (sdp_utils.cpp). Flash attention wants 16 bits, no mask, and a
+        card from sm80 on; memory-efficient attention no grouped heads; the plain one takes all."""
+        attention, narrow = self.run.attention, min(self.ops.amp_width(t) for t in (q, k)) == 2
+        if attention == "fused" and mask is None and narrow and self.spec.head_dim <= 256:
+            return "flash"
+        return "plain" if attention == "plain" or q.count != k.count else "efficient"
+
+    def fused_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`scaled_dot_product_attention`, causal or by a mask, or the package flash-attn."""
         ops, spec, run = self.ops, self.spec, self.run
-        rows, grouped = run.batch * spec.heads, spec.heads != spec.kv_heads
+        rows = run.batch * spec.heads
         if run.attention == "flash":
             q, k, v = (ops.cast(t, 2) for t in (q, k, v))
             return ops.flash_attention(q, k, v, rows, run.seq, spec.head_dim)
-        if min(ops.amp_width(t) for t in (q, k, v)) == 2 and spec.head_dim <= 256:
-            if not spec.head_dim % 8:
-                return ops.fused_attention(q, k, v, rows * run.seq)
-            padded = lambda t: ops.unary(t, "padded", count=t.count // spec.head_dim * (-(-spec.head_dim // 8) * 8))
-            y = ops.fused_attention(*(padded(ops.amp(t)) for t in (q, k, v)), rows * run.seq)
-            y = ops.slice(y, q.count)
-            return ops.copy(y) if spec.heads > 1 else y  # a single head's rows need not be laid out anew
-        if not grouped:
-            return ops.fused_attention(q, k, v, rows * -(-run.seq // 32) * 32)
-        return ops.plain_attention(q, k, v, run.batch, run.seq, spec.heads, q.width)
+        kernel = self.kernel(q, k, mask)
+        if kernel == "plain":
+            return ops.plain_attention(q, k, v, run.batch, run.seq, spec.heads)
+        if kernel == "efficient":
+            return ops.fused_attention(q, k, v, rows * -(-run.seq // 32) * 32,
+                                       (run.batch, run.seq) if mask is not None else None)
+        if not spec.head_dim % 8:
+            return ops.fused_attention(q, k, v, rows * run.seq)
+        padded = lambda t: ops.unary(t, "padded", count=t.count // spec.head_dim * (-(-spec.head_dim // 8) * 8))
+        y = ops.fused_attention(*(padded(ops.amp(t)) for t in (q, k, v)), rows * run.seq)
+        y = ops.slice(y, q.count)
+        return ops.copy(y) if spec.heads > 1 else y  # a single head's rows need not be laid out anew

@@ -13,7 +13,7 @@ class Gemma2Decoder(LlamaDecoder):
     """`Gemma2ForCausalLM`."""
 
     always_eager = True  # no fused kernel caps scores
-    masks = 2  # one for each kind of layer: local and global attention take turns
+    windows = ("window", "")  # local and global attention take turns
     score_steps, logit_steps = (*SCALED, *SOFTCAP), SOFTCAP
 
     def __init__(self, ops: Ops, spec: ModelSpec, run: Run, layers: int):
@@ -23,7 +23,7 @@ class Gemma2Decoder(LlamaDecoder):
     def scaled(self, x: Tensor) -> Tensor:
         return self.ops.unary(x, "times sqrt(C)")
 
-    def tables_of(self, tables: list[Tensor], layer: int) -> list[Tensor]:
+    def tables_of(self, tables: list, layer: int) -> list:
         return [*tables[:2], tables[2 + layer % 2]]
 
     def block(self, x: Tensor, layer: Layer, tables: list[Tensor]) -> Tensor:

@@ -20,12 +20,16 @@ class HuggingFaceDecoder(Decoder):
     """``AutoModelForCausalLM`` of the model's family: a norm before attention and MLP, LayerNorm unless said otherwise.
 
     Attributes:
-        always_eager: the family has no fused attention. masks: how many causal masks eager attention makes.
+        always_eager: the family has no fused attention. windows: of each mask that layers choose from, the field of
+            the spec that says how far back a token sees ("": to the first).
+        heads_first: q lies heads before tokens when attention sees it, and so then does a flash kernel's result.
+        old_loss_in_fp32: its logits were made fp32 before transformers 4.50 too.
         score_steps: what becomes of the scores before the mask. logit_steps: of the logits.
     """
 
-    always_eager = False
-    masks = 1
+    always_eager = heads_first = False
+    old_loss_in_fp32 = True
+    windows: tuple[str, ...] = ("window",)
     score_steps: tuple[Step, ...] = SCALED
     logit_steps: tuple[Step, ...] = ()
 
@@ -39,6 +43,9 @@ class HuggingFaceDecoder(Decoder):
         logits = self.head_of(y)
         with ops.inside("loss"):
             if software.shift == "logits":
+                if not self.old_loss_in_fp32:
+                    return losses.of_shifted_logits(ops, logits, run.batch, run.seq, self.spec.vocab,
+                                                    run.kernels == "unsloth")
                 logits = logits if software.keeps_logits else ops.cast(logits, 4)
                 return losses.of_shifted_logits(ops, ops.cast(logits, 4), run.batch, run.seq, self.spec.vocab,
                                                 run.kernels == "unsloth")
@@ -94,15 +101,21 @@ class HuggingFaceDecoder(Decoder):
         """x with its positions, and what the model's forward holds beside it."""
         return [x, x, self.ops.new(self.run.seq, 8, "position numbers")]
 
-    def tables(self, x: Tensor) -> list[Tensor]:
-        """What tells of positions, and the causal masks if attention is eager."""
+    def tables(self, x: Tensor) -> list:
+        """What tells of positions, and the masks, None where attention needs none."""
+        with self.ops.inside("positions"):
+            return [*self.position_tables(x), *(self.mask(x, window) for window in self.windows)]
+
+    def mask(self, x: Tensor, window: str) -> Tensor | None:
+        """Of which token sees which (masking_utils.py). Fused attention needs none where rows are whole and a window,
+        if there is one, is longer than they are."""
         ops, run = self.ops, self.run
-        with ops.inside("positions"):
-            tables = self.position_tables(x)
-            if self.eager:
-                tables += [ops.new(run.batch * run.seq * run.seq, x.width, "causal mask", part="activations")
-                           for _ in range(self.masks)]
-        return tables
+        square, window_size = run.seq * run.seq, getattr(self.spec, window) if window else 0
+        if self.eager:
+            return ops.new(run.batch * square, x.width, "causal mask", part="activations")
+        if run.attention == "flash" or run.rows == "equal" and not 0 < window_size <= run.seq:
+            return None
+        return ops.new(square * (run.batch if run.rows != "equal" else 1), 1, "mask", part="activations")
 
     def position_tables(self, x: Tensor) -> list[Tensor]:
         return []
@@ -122,9 +135,23 @@ class HuggingFaceDecoder(Decoder):
             q, k = self.turned(q, k, tables)
             k, v = self.cached(k, v)
             y, weights = (self.eager_attention(q, k, v, tables[-1]) if self.eager
-                          else (self.fused_attention(q, k, v), None))
-        y = self.joined(y)
+                          else (self.fused_attention(q, k, v, tables[-1]), None))
+        y = self.ops.view(y)
         return self.finish(self.attended(y, m), residual), weights
+
+    def fused_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """With a mask, or heads that are too wide, keys and values are repeated (integrations/sdpa_attention.py)."""
+        ops, run = self.ops, self.run
+        if run.attention == "flash" and run.rows == "padded":  # modeling_flash_attention_utils.py, `_upad_input`
+            q, k, v = (ops.unary(t, "rows without padding") for t in (q, k, v))
+            return ops.unary(super().fused_attention(q, k, v), "with padding again")
+        if run.attention != "flash" and q.count != k.count and (mask is not None or self.spec.head_dim > 256):
+            k, v = (ops.unary(t, "repeated", count=q.count) for t in (k, v))
+        kernel = self.kernel(q, k, mask) if run.attention != "flash" else "package"
+        y = super().fused_attention(q, k, v, mask)
+        if kernel == "plain" or kernel == "flash" and self.heads_first:
+            return ops.copy(y, back=kernel == "plain")
+        return y
 
     def attended(self, y: Tensor, m: Matrices) -> Tensor:
         """The heads' output through the attention's last matrix."""
@@ -141,10 +168,6 @@ class HuggingFaceDecoder(Decoder):
     def turned(self, q: Tensor, k: Tensor, tables: list[Tensor]) -> tuple[Tensor, Tensor]:
         """q and k with rotary positions, if there are such."""
         return q, k
-
-    def joined(self, y: Tensor) -> Tensor:
-        """Heads beside each other."""
-        return self.ops.view(y)
 
     def finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
         """What a family does inside attention and MLP that others do around them: dropout, the residual sum."""

@@ -18,8 +18,8 @@ class LlamaDecoder(HuggingFaceDecoder):
         self.frequencies = [ops.state(spec.head_dim // 2, 4, "buffers", "rotary frequencies") for _ in range(2)]
 
     def position_tables(self, x: Tensor) -> list[Tensor]:
-        """Cosine and sine of this sequence, (T, D) each."""
-        size = self.run.seq * self.spec.head_dim
+        """Cosine and sine of this sequence, (T, D) each, or as much of D as turns."""
+        size = self.run.seq * int(self.spec.head_dim * self.spec.rotary)
         return [self.ops.new(size, x.width, "rotary table", part="activations") for _ in range(2)]
 
     def block(self, x: Tensor, layer: Layer, tables: list[Tensor]) -> Tensor:
@@ -75,13 +75,24 @@ class LlamaDecoder(HuggingFaceDecoder):
 
         return ops.add(ops.mul(x, cos), ops.mul(turned(x), sin))
 
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What of each head turns, and what does not."""
+        turning = x.count // self.spec.head_dim * int(self.spec.head_dim * self.spec.rotary)
+        return self.ops.slice(x, turning), self.ops.slice(x, x.count - turning)
+
     def attended(self, y: Tensor, m: Matrices) -> Tensor:
         out = m[self.spec.layout.out]
         return adapted_together(self.ops, y, [out])[0] if self.fused_adapters(m) else out(y)
 
     def mlp(self, x: Tensor, m: Matrices, residual: Tensor | None = None) -> Tensor:
-        """Down, of the activated gate times up."""
-        gate, up = self.spec.layout.up
+        """Down, of the activated gate times up; gate and up may be one matrix."""
+        ops, f = self.ops, self.spec.layout
+        if len(f.up) == 1:
+            up = m[f.up[0]](x)
+            gate, up = ops.split(up, [up.count // 2] * 2)
+            up = ops.mul(up, self.activate(gate))
+            return m[f.down](up)
+        gate, up = f.up
         return m[self.spec.layout.down](self.ops.mul(self.activate(m[gate](x)), m[up](x)))
 
 

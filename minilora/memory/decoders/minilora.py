@@ -43,7 +43,8 @@ class OurDecoder(Decoder):
 
     def attention(self, x: Tensor, m: dict, tables: list[Tensor]) -> Tensor:
         ops, spec = self.ops, self.spec
-        plain = self.run.dtype == "float32" and not self.run.autocast and spec.heads != spec.kv_heads
+        plain = spec.heads != spec.kv_heads and (self.run.attention == "efficient" or self.run.dtype == "float32"
+                                                 and not self.run.autocast) or self.run.attention == "plain"
         q, k, v = (ops.view(m[f"self_attn.{p}_proj"](x), copy_back=plain) for p in "qkv")  # N H D, N K D
         with ops.inside("attention"):
             q, k = self.rotate(q, *tables), self.rotate(k, *tables)

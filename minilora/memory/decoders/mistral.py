@@ -1,4 +1,4 @@
-"""Mistral (2310.06825): Llama without biases. Its sliding window is not priced."""
+"""Mistral (2310.06825): Llama without biases, and with a window: how many tokens back one sees."""
 
 from ..ledger import Tensor
 from ..models import register
@@ -16,10 +16,10 @@ class MistralDecoder(LlamaDecoder):
             return super().turned(q, k, tables)
         return super().turned(q, k, super().position_tables(k))
 
-    def fused_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def fused_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.run.software.old_mistral:
             k, v = (self.ops.unary(t, "repeated", count=q.count) for t in (k, v))
-        return super().fused_attention(q, k, v)
+        return super().fused_attention(q, k, v, mask)
 
 
 @register
@@ -27,3 +27,4 @@ class Mistral(Llama):
     model_type = "mistral"
     decoder = MistralDecoder
     attention_bias_field = mlp_bias_field = ""
+    window = 4096  # if its config is silent
