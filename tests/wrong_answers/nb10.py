@@ -5,7 +5,7 @@ import torch
 
 def whole_tensor(weight, levels, block):
     top = weight.abs().max()
-    return ((weight / top)[:, None] - levels[None]).abs().min(1).indices, top
+    return ((weight / top)[:, None] - levels[None]).abs().min(1).indices, top[None]
 
 
 def signed_max(weight, levels, block):
@@ -33,7 +33,7 @@ def level_below(weight, levels, block):
 def level_above(weight, levels, block):
     rows = weight.reshape(-1, block)
     top = rows.abs().max(1, keepdim=True).values
-    return torch.bucketize(rows / top, levels), top
+    return torch.bucketize(rows / top, levels).flatten(), top.flatten()
 
 
 def every_so_many(weight, levels, block):
