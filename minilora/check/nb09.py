@@ -225,7 +225,7 @@ def draw_any_scores(number: int) -> tuple[dict, str, dict, float]:
     kinds, bases, floor = ("tone", "ticket", "policy", "style"), ("v1", "v2", "v3"), random.choice((0.5, 0.7, 0.9))
     names = random.sample(("tone", "night", "legal", "acme", "zen", "ticket"), random.randint(2, 5))
     home = {name: random.choice(kinds) for name in names}
-    scores = {(base, name, kind): random.choice((floor, round(random.random(), 2), 0.95))
+    scores = {(base, name, kind): random.choice((floor, 0.95, *(round(floor * random.random(), 2) for _ in range(5))))
               for base in bases for name in names for kind in kinds if random.random() < 0.85}
     scores = dict(random.sample([*scores.items()], len(scores)))
     return scores, random.choice(bases), home, floor

@@ -53,10 +53,10 @@ def ratio(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
 
 
 def agree(pairs: Sequence[tuple[Tensor, Tensor]], change, tolerance: float) -> bool:
-    expected = [change(e) for _, e in pairs]
-    return all(torch.isclose(g, w, rtol=0, atol=tolerance * (w.abs().max().item() or 1.0)).all()
-               for (g, _), w in zip(pairs, expected) if w.isfinite().all()) and all(
-                   w.isfinite().all() for w in expected)
+    wanted = [change(e) for _, e in pairs]
+    return all(w.isfinite().all() for w in wanted) and all(
+        torch.isclose(g, w, rtol=0, atol=tolerance * (w.abs().max().item() or 1.0)).all()
+        for (g, _), w in zip(pairs, wanted))
 
 
 def shift(differences: list[float], slack: float) -> str | None:
