@@ -252,14 +252,14 @@ wrap = Exercise(
     in_place=True, observe=outputs_and_flags)
 
 
-where_to_spend = Prediction("c", {
-    "a": "Attention does decide where to look, but the base looks in the right places already. What changes is what is "
-         "said: the values, the output projections and the MLP carry that.",
-    "b": "A parameter is not a parameter: at one budget the bars differ widely. A key can only change where attention "
-         "looks, never what is said there.",
-    "c": "A query or a key can only move attention, which in this task looked in the right places already. What "
+where_to_spend = Prediction("a", {
+    "a": "A query or a key can only move attention, which in this task looked in the right places already. What "
          "changes is what is said, so it pays to adapt what carries it: o, the MLP, or several kinds together. o alone "
          "does as well as most ways to spread.",
+    "b": "A parameter is not a parameter: at one budget the bars differ widely. A key can only change where attention "
+         "looks, never what is said there.",
+    "c": "Attention does decide where to look, but the base looks in the right places already. What changes is what is "
+         "said: the values, the output projections and the MLP carry that.",
     "d": "The frozen weights do most of the work, so a small correction is enough: LoRA's best bars come close to that "
          "of full fine-tuning.",
 })

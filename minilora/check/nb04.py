@@ -21,11 +21,11 @@ more_rank = Prediction("c", {
          "angles, as the root of r, while alpha / r takes away a whole r.",
 })
 
-double_alpha = Prediction("b", {
-    "a": "Adam does divide by the size of the gradient, so a louder alpha does not lengthen the steps of B. But "
-         "alpha multiplies what these steps do to the output.",
-    "b": "alpha and the learning rate of B are one knob: double the one and halve the other, and not one bit of the "
+double_alpha = Prediction("a", {
+    "a": "alpha and the learning rate of B are one knob: double the one and halve the other, and not one bit of the "
          "run changes. So leave alpha alone, and tune the learning rate.",
+    "b": "Adam does divide by the size of the gradient, so a louder alpha does not lengthen the steps of B. But "
+         "alpha multiplies what these steps do to the output.",
     "c": "The learning rate of A need not move: A starts at its size and is not scaled by alpha. Only B, which "
          "starts at zero, is. (Halve both, and A must start at half its size and alpha must be four times as "
          "large.)",

@@ -288,11 +288,11 @@ how_many_directions = Prediction("b", {
          "alike, energy does not.",
 })
 
-half_the_energy = Prediction("c", {
-    "a": "Energy is squared length, and length is not work. The leading directions are those that the gradients agree "
-         "on; the rest is long only because there is so much of it.",
+half_the_energy = Prediction("a", {
+    "a": "The work is in the few directions that all examples push, and the tail only adds length.",
     "b": "The answers do not follow the energy: what was cut away held nearly half of it, and alone it gets no reply "
          "right.",
-    "c": "The work is in the few directions that all examples push, and the tail only adds length.",
+    "c": "Energy is squared length, and length is not work. The leading directions are those that the gradients agree "
+         "on; the rest is long only because there is so much of it.",
     "d": "It does matter which: random directions of the same lengths, and the other half itself, both fail.",
 })

@@ -294,12 +294,12 @@ same_curve = Prediction("c", {
     "d": "Each gradient is made by the other factor. With both at zero there is none, not at step 0 and not ever.",
 })
 
-rank_one = Prediction("c", {
-    "a": "A near task asks for a choice among what the base can do: one direction a module is enough for most of it.",
+rank_one = Prediction("a", {
+    "a": "The base can write in styles already. Choosing one takes very few directions, so here the rank is not the "
+         "reason, and raising it would be no cure.",
     "b": "What a small rank costs depends on how much there is to learn: the catalogue has to be stored, a style is "
          "only to be chosen.",
-    "c": "The base can write in styles already. Choosing one takes very few directions, so here the rank is not the "
-         "reason, and raising it would be no cure.",
+    "c": "A near task asks for a choice among what the base can do: one direction a module is enough for most of it.",
 })
 
 SIGNS = {  # what each fault shows

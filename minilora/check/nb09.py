@@ -288,15 +288,15 @@ may_ship = Exercise("may_ship", shipped, draw_scores, [
                 (lambda scores, base, home, floor: len(shipped(scores, base, home, floor)) > 1, "several pass")])
 
 
-another_version = Prediction("d", {
-    "a": "The shapes fit, and nothing in A and B says which weights they were made for. Somebody has to write it down "
-         "beside them, and somebody to look.",
+another_version = Prediction("a", {
+    "a": "The shapes fit, most answers are right, and some that were are no longer. It takes a test to see it, or a "
+         "fingerprint.",
     "b": "Most of what the adapter corrects is still there, but not all of it: some answers that were right are no "
          "longer.",
     "c": "So it is on random weights, the control. This base has gone only a little way, and most of what the adapter "
          "corrects is still there.",
-    "d": "The shapes fit, most answers are right, and some that were are no longer. It takes a test to see it, or a "
-         "fingerprint.",
+    "d": "The shapes fit, and nothing in A and B says which weights they were made for. Somebody has to write it down "
+         "beside them, and somebody to look.",
 })
 
 adding_factors = Prediction("c", {

@@ -7,13 +7,13 @@ import torch
 
 from . import Exercise, Prediction
 
-rounding = Prediction("c", {
-    "a": "A model is not a program, in which one wrong bit ends everything: each output is a sum over hundreds of "
-         "weights, and most of the rounding errors in it cancel.",
+rounding = Prediction("a", {
+    "a": "Rounding errors go up as often as down, so they mostly cancel in the sums over hundreds of weights, and the "
+         "right word leads by more than what is left of them.",
     "b": "The error of the weights is not the error of the replies. Errors of many weights, as often up as down, "
          "cancel in a sum, and a reply changes only if another word overtakes the right one.",
-    "c": "Rounding errors go up as often as down, so they mostly cancel in the sums over hundreds of weights, and the "
-         "right word leads by more than what is left of them.",
+    "c": "A model is not a program, in which one wrong bit ends everything: each output is a sum over hundreds of "
+         "weights, and most of the rounding errors in it cancel.",
     "d": "Rounding can move a few replies either way, but it knows nothing about the task: it cannot make a model "
          "better by more than chance.",
 })

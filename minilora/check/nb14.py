@@ -137,11 +137,11 @@ peft_keys = Exercise("peft_keys", spelled, lambda seed: (NAMES[seed],), [
                                (lambda m: "." in m, "the module lies deeper down")])
 
 
-beyond_the_probe = Prediction("b", {
-    "a": "Right on the tickets it has seen is not right on new words for the same thing. The probe can only weigh what "
-         "the frozen vectors say; LoRA changes what they say.",
-    "b": "A few thin corrections turn general vectors into vectors for this job, and moving all weights adds little to "
+beyond_the_probe = Prediction("a", {
+    "a": "A few thin corrections turn general vectors into vectors for this job, and moving all weights adds little to "
          "that: a strong base, and a moderate shift.",
+    "b": "Right on the tickets it has seen is not right on new words for the same thing. The probe can only weigh what "
+         "the frozen vectors say; LoRA changes what they say.",
     "c": "The adapters reach every linear of every layer. What they lack is rank, and this job needs little of it.",
     "d": "The base is frozen, the corrections are small, and the training is short. What it knows is all still there: "
          "take the adapter out and you have it back.",
