@@ -198,3 +198,57 @@ bits_a_weight = Exercise(
      (lambda c, b, a, s: float(round(c + a / b + 32 / (b * s), 2)), "do not round: give all digits"),
      (lambda c, b, a, s: float(c + a // b + 32 // (b * s)), "// cuts the parts of a bit off: use /")],
     observe=lambda result, *_: float(result), draw=draw_any_sizes)
+
+
+def draw_packed(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    block, blocks = (64, 16, 32, 8)[seed % 4], 3 + seed
+    levels = (torch.rand(16) * 2 - 1).sort().values
+    return (torch.randint(0, 256, (blocks * block // 2,)).to(torch.uint8), torch.rand(blocks) + 0.5, levels, block)
+
+
+def read_back(packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, block: int) -> torch.Tensor:
+    """Digit by digit of the bytes in hexadecimal."""
+    digits = bytes(packed.tolist()).hex()
+    return torch.stack([levels[int(digit, 16)] * absmax[i // block] for i, digit in enumerate(digits)])
+
+
+def halves(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (packed >> 4).long(), (packed & 15).long()
+
+
+def of_codes(codes):
+    """The mistake that takes the codes out of the bytes in this way, (high, low) -> (n,)."""
+    return lambda packed, absmax, levels, block: (
+        levels[codes(*halves(packed))].view(-1, block) * absmax[:, None]).flatten()
+
+
+def with_values(values):
+    """The mistake that makes values of the right levels, (n / block, block), and of absmax."""
+    def wrong(packed, absmax, levels, block):
+        codes = torch.stack(halves(packed), 1).flatten()
+        return values(levels[codes].view(-1, block), absmax).flatten()
+    return wrong
+
+
+restore = Exercise("restore", read_back, draw_packed, [
+    (of_codes(lambda high, low: torch.stack((low, high), 1).flatten()),
+     "the halves are exchanged: the first of two codes is in the high half"),
+    (of_codes(lambda high, low: torch.cat((high, low))),
+     "all high halves come first here: the two codes of a byte are neighbours"),
+    (with_values(lambda values, absmax: values),
+     "the absmax is missing: each level is multiplied by that of its block"),
+    (with_values(lambda values, absmax: values / absmax[:, None]),
+     "multiply by the absmax: dividing was the way there"),
+    (with_values(lambda values, absmax: values * absmax.max()),
+     "one absmax for all: each block is multiplied by its own"),
+    (with_values(lambda values, absmax: values.flatten().view(len(absmax), -1) * absmax.flip(0)[:, None]),
+     "the blocks' absmax stand in the reverse order"),
+    (lambda packed, absmax, levels, block: (
+        torch.stack(halves(packed), 1).flatten().view(-1, block) * absmax[:, None]).flatten(),
+     "these are the codes times the absmax: a code is the number of a level, so look the level up"),
+    (lambda packed, absmax, levels, block: read_back(packed, absmax, levels, block).view(-1, block),
+     "the weights are flat, (n,): flatten() at the end"),
+    (lambda packed, absmax, levels, block: read_back(packed, absmax, levels, block)[::2],
+     "only every other weight is there: a byte holds two codes"),
+], situations=[(lambda packed, absmax, levels, block: block == 64, "a block has 64 weights"),
+               (lambda packed, absmax, levels, block: block != 64, "a block has another size than 64")])

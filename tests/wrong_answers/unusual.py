@@ -17,6 +17,40 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import nn
 
+# ---------------------------------------------------------------- 00
+
+
+def output_by_linear(x, W, A, B, alpha):
+    return F.linear(x, W) + F.linear(F.linear(x, A), B).mul(alpha / A.shape[0])
+
+
+def output_by_merging(x, W, A, B, alpha):
+    return torch.matmul(x, torch.addmm(W, B, A, alpha=alpha / A.size(0)).mT)
+
+
+def output_by_einsum(x, W, A, B, alpha):
+    return einsum(x, W, "n i, o i -> n o") + alpha * einsum(x, A, B, "n i, r i, o r -> n o") / B.shape[1]
+
+
+def shelf_by_parts(customers, matrices, d_out, d_in, rank):
+    base = matrices * d_out * d_in * 4
+    adapter = matrices * (rank * d_in + d_out * rank) * 4
+    return [customers * base, base + customers * adapter]
+
+
+def shelf_by_numpy(customers, matrices, d_out, d_in, rank):
+    sizes = 4 * matrices * np.array([d_out * d_in, rank * (d_out + d_in)])
+    return sizes[0] * customers, sizes @ np.array([1, customers])
+
+
+def shelf_in_a_loop(customers, matrices, d_out, d_in, rank):
+    full, thin = 0, 4 * matrices * d_out * d_in
+    for _ in range(customers):
+        full += 4 * matrices * d_out * d_in
+        thin += 4 * matrices * rank * (d_out + d_in)
+    return full, thin
+
+
 # ---------------------------------------------------------------- 01
 
 
@@ -659,6 +693,26 @@ def packed_by_numpy(codes):
     return torch.from_numpy(np.bitwise_or(np.left_shift(nibbles[:, 0], 4), nibbles[:, 1]).astype(np.uint8))
 
 
+def restored_by_numpy(packed, absmax, levels, block):
+    bits = np.unpackbits(packed.numpy()).reshape(-1, 4)
+    codes = bits @ np.array([8, 4, 2, 1])
+    return levels[torch.from_numpy(codes)] * absmax.repeat_interleave(block)
+
+
+def restored_by_division(packed, absmax, levels, block):
+    codes = torch.empty(2 * len(packed), dtype=torch.long)
+    codes[::2], codes[1::2] = packed // 16, packed % 16
+    return torch.cat([levels.take(c) * a for c, a in zip(codes.split(block), absmax)])
+
+
+def restored_in_a_loop(packed, absmax, levels, block):
+    values = []
+    for byte in packed.tolist():
+        for code in divmod(byte, 16):
+            values.append(levels[code] * absmax[len(values) // block])
+    return torch.stack(values)
+
+
 def bits_counted(code_bits, block, absmax_bits, absmax_block):
     weights = block * absmax_block
     return (code_bits * weights + absmax_bits * absmax_block + 32) / weights
@@ -896,6 +950,8 @@ def keys_by_replace(module):
 
 
 RIGHT = {
+    "nb00.lora_output": [output_by_linear, output_by_merging, output_by_einsum],
+    "nb00.shelf_bytes": [shelf_by_parts, shelf_by_numpy, shelf_in_a_loop],
     "nb01.state_bytes": [by_parts, in_numpy, lambda parameters, trainable: parameters * 4 + trainable * 4 * 3,
                          lambda *counts: 16 * counts[1] + 4 * (counts[0] - counts[1])],
     "nb01.kept_floats": [kept_in_a_loop, kept_by_autograd,
@@ -938,6 +994,7 @@ RIGHT = {
     "nb09.may_ship": [ships_in_a_loop, ships_by_filter, ships_by_a_table],
     "nb10.quantise": [quantised_by_distance, quantised_by_chunks, quantised_by_norm],
     "nb10.pack": [packed_by_pairs, packed_by_product, packed_by_numpy],
+    "nb10.restore": [restored_by_numpy, restored_by_division, restored_in_a_loop],
     "nb10.bits_a_weight": [bits_counted, lambda c, b, a, s: c + (a + 32 / s) / b,
                            lambda c, b, a, s: Fraction(c) + Fraction(a, b) + Fraction(32, b * s)],
     "nb11.gpt_parameters": [parameters_by_modules, parameters_in_short, parameters_added_up],
