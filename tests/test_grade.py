@@ -7,10 +7,13 @@ import importlib.util
 import json
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -335,3 +338,53 @@ def test_without_ipython_grading_refuses(tmp_path, capsys, monkeypatch):
 def test_a_folder_without_notebooks_is_one_clear_error(tmp_path):
     done = subprocess.run([sys.executable, "-m", "minilora.grade", tmp_path / "none"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"no notebooks in {tmp_path / 'none'}\n")
+
+
+def test_a_checkout_in_the_folder_for_temporary_files_grades_too(tmp_path):
+    """Inside, a submission has a folder of its own to write to, which must not lie over the package."""
+    here = tmp_path / "checkout"
+    for name in ("minilora", "data"):
+        shutil.copytree(FOLDER.parent / name, here / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (here / "notebooks").symlink_to(FOLDER)
+    submit(tmp_path / "in", "own", {"merged_weight": f"from minilora import variants\n{MERGED}"})  # read when imported
+    said = subprocess.run([sys.executable, "-m", "minilora.grade", str(tmp_path / "in")], cwd=here, text=True,
+                          env=os.environ | {"PYTHONPATH": str(here), "TMPDIR": str(tmp_path)}, capture_output=True)
+    assert said.returncode == 0 and "own    4 of 4" in said.stdout, said.stdout + said.stderr
+
+
+def test_stopped_by_ctrl_c_it_keeps_what_is_graded_and_leaves_no_process(tmp_path):
+    submit(tmp_path, "a_done", {})
+    submit(tmp_path, "b_endless", {"merged_weight": "def merged_weight(W0, A, B, alpha):\n    while True:\n        pass"})
+    process = subprocess.Popen([sys.executable, "-m", "minilora.grade", str(tmp_path), "--seconds", "600",
+                                "--csv", str(tmp_path / "grades.csv")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        until = time.monotonic() + 120
+        while not (tmp_path / "grades.csv").exists() or "a_done" not in (tmp_path / "grades.csv").read_text():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        born = descendants(process.pid)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and len(born) >= 1
+    assert said.splitlines()[-1].endswith(f"stopped; what was graded stands in {tmp_path / 'grades.csv'}")
+    assert "Traceback" not in said
+    until = time.monotonic() + 30
+    while any(os.path.exists(f"/proc/{pid}") for pid in born):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert (tmp_path / "grades.csv").read_text().count("a_done") == 4
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and theirs."""
+    said = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    children, found = {}, [pid]
+    for line in said.splitlines():
+        child, parent = map(int, line.split())
+        children.setdefault(parent, []).append(child)
+    for one in found:
+        found += children.get(one, [])
+    return found[1:]

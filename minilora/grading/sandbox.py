@@ -112,21 +112,23 @@ def shut_in(root: Path, number: int = 0) -> None:
     for name in ("null", "zero", "random", "urandom"):
         (root / "dev" / name).touch()
         libc("mount", f"/dev/{name}", str(root / "dev" / name), None, BIND, None)
-    for name in ("proc", "tmp", "old"):
+    for name in ("proc", "room", "old"):
         (root / name).mkdir(exist_ok=True)
+    if not (root / "tmp").exists():  # else Python or this package lies there
+        (root / "tmp").symlink_to("/room")
     for folder in (root / secret.relative_to("/") for secret in secrets()):
         if folder.is_dir():
             libc("mount", "hidden", str(folder), "tmpfs", NOSUID | NODEV, "size=4k")
     read_only = (ctypes.c_uint64 * 4)(1 | NOSUID, 0, 0, 0)  # MOUNT_ATTR_RDONLY
     libc("syscall", MOUNT_SETATTR, -100, str(root), 0x8000, ctypes.byref(read_only), ctypes.sizeof(read_only))
-    libc("mount", "room", str(root / "tmp"), "tmpfs", NOSUID | NODEV, ROOM)
+    libc("mount", "room", str(root / "room"), "tmpfs", NOSUID | NODEV, ROOM)
     try:
         libc("mount", "proc", str(root / "proc"), "proc", NOSUID | NODEV | NOEXEC, None)
     except Refused:
         pass  # a container may forbid it; then there is no /proc, which Python can do without
     libc("syscall", PIVOT_ROOT, str(root), str(root / "old"))
     libc("umount2", "/old", DETACH)
-    os.chdir("/tmp")
+    os.chdir("/room")
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -152,7 +154,8 @@ def possible(root: Path) -> str:
                 os.waitpid(inner, 0)
             else:
                 shut_in(root)
-                os.write(writer, b"yes")
+                seen = os.access(PACKAGE / "__init__.py", os.R_OK) and DATA.is_dir()
+                os.write(writer, b"yes" if seen else f"{PACKAGE} cannot be read from inside".encode())
         except BaseException as error:
             os.write(writer, str(error).encode())
         finally:

@@ -54,12 +54,12 @@ class Bloom(Family):
     model_type = "bloom"
     decoder = BloomDecoder
     layer = "transformer.h."
+    biased = tied = embedding_norm = True
     qkv = ("self_attention.query_key_value",)
     out = "self_attention.dense"
     up = ("mlp.dense_h_to_4h",)
     down = "mlp.dense_4h_to_h"
     targets = ("query_key_value",)
-    biased = tied = embedding_norm = True
     names = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "max_position_embeddings": "seq_length"}
     widens = 4
     activation, activation_field = "gelu_bloom", "activation"
