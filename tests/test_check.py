@@ -220,7 +220,7 @@ def test_an_estimate_answers_the_guess(capsys):
     with pytest.raises(CheckFailed, match="the guess is -1, expected a number above 0"):
         estimate.reveal(-1, 100)
     for guess in (2.8e12, 350e9, 1.2e12):  # the right answer, the weights and the paper's number, in bytes
-        MODULES[0].gpt3_gigabytes.reveal(guess, 2794)
+        FOUND["nb01.gpt3_gigabytes"][1].reveal(guess, 2794)
         assert "Is that in bytes? The question" in capsys.readouterr().out
 
 
