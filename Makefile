@@ -3,11 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v pyth
 BIN := .venv/bin
 ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)  # as in a container
 
-.PHONY: lab run test lint page browser release grade clean
+.PHONY: lab run test lint page browser release slides grade clean
 
 # the student version, in release/; what has been worked on there is kept
 lab: release
-	$(BIN)/jupyter lab $(ROOT) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/release/01_what_does_changing_every_weight_cost.ipynb
+	$(BIN)/jupyter lab $(ROOT) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/release/00_lora_in_thirty_minutes.ipynb
 
 run: .venv/.base
 	$(BIN)/python tools/run_notebooks.py
@@ -43,6 +43,10 @@ node_modules/.done: package.json package-lock.json
 
 release: .venv/.base
 	$(BIN)/python -m minilora.release notebooks release
+
+# slides of all notebooks, with the lesson plans as speaker notes, in slides/
+slides: .venv/.base
+	$(BIN)/python tools/slides.py slides
 
 # make grade DIR=submissions
 grade: .venv/.base

@@ -4,6 +4,7 @@ import copy
 import pkgutil
 import re
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def message(exercise, function):
 
 def test_a_right_answer_prints_one_line(capsys):
     assert TOY(lambda W, A, B, alpha: print("rank", len(A)) or W + B @ A * (alpha / B.shape[1])) is None
-    assert capsys.readouterr().out == "ok: merged is right on 4 fresh inputs\n"
+    assert capsys.readouterr().out == "ok: merged is right on 24 fresh inputs\n"
 
 
 def boom(W, A, B, alpha):
@@ -78,7 +79,7 @@ FAILURES = {
     "type": (lambda *a: merged(*a).tolist(), r"\(list\), expected a tensor of shape \(5, 9\)"),
     "argument in place": (in_place, "changes its argument A in place"),
     "constant": (lambda *a: 7.0, "does not depend on its input"),
-    "factor": (lambda *a: -2 * merged(*a), "is -2 times the expected one"),
+    "factor": (lambda *a: -2 * merged(*a), "is -2 times what is expected"),
     "entries": (lambda *a: torch.eye(*a[0].shape) + merged(*a), r"wrong in 5 of 45 entries: at \[0, 0\] it is"),
     "not finite": (lambda *a: merged(*a) / 0, "entries that are not finite"),
     "not a function": (merged(*matrices(0)), "hand over the function merged itself"),
@@ -165,7 +166,7 @@ def test_whole_numbers_agree_exactly_and_floats_within_the_tolerance():
     assert "count(0) is 1000000001, expected 1000000000" in message(whole, lambda n: n + 10**9 + 1)
     share = Exercise("share", lambda x: x / 3, same_size, [], tolerance=1e-3)
     share(lambda x: x / 3.0001)
-    assert "times the expected one" in message(share, lambda x: x / 3.01)
+    assert "times what is expected" in message(share, lambda x: x / 3.01)
 
 
 def test_the_random_state_of_the_notebook_is_left_alone():
@@ -187,7 +188,7 @@ def test_jupyter_and_nbgrader_see_one_line_and_a_failure():
     NotebookClient(new_notebook(cells=cells), allow_errors=True, kernel_name="python3").execute()
     (wrong,), (right,) = cells[0].outputs, cells[1].outputs
     assert wrong.traceback == [f"not yet: {wrong.evalue.removeprefix('not yet: ')}"] and wrong.ename == "CheckFailed"
-    assert right.text == "ok: one is right on 4 fresh inputs\n"
+    assert right.text == "ok: one is right on 24 fresh inputs\n"
     assert [determine_grade(cell) for cell in cells] == [(0, 1), (1, 1)]
 
 
@@ -219,7 +220,7 @@ def test_an_estimate_answers_the_guess(capsys):
     with pytest.raises(CheckFailed, match="the guess is -1, expected a number above 0"):
         estimate.reveal(-1, 100)
     for guess in (2.8e12, 350e9, 1.2e12):  # the right answer, the weights and the paper's number, in bytes
-        MODULES[0].gpt3_gigabytes.reveal(guess, 2794)
+        FOUND["nb01.gpt3_gigabytes"][1].reveal(guess, 2794)
         assert "Is that in bytes? The question" in capsys.readouterr().out
 
 
@@ -301,22 +302,43 @@ def test_every_choice_of_a_prediction_has_its_own_answer(prediction):
     assert len(set(answers)) == len(answers) and all(len(a) > 10 for a in answers)
 
 
-# Wrong answers as learners write them, apart from the checkers' own tables: wrong_answers/nbNN.py.
+# Answers as learners write them, apart from the checkers' own tables: wrong ones in wrong_answers/nbNN.py and slips.py,
+# right ones in unusual form in unusual.py.
 
-WRONG = {f"{path.stem}.{name}": answers
+WRONG = {f"{path.stem}.{name}": list(answers)
          for path in sorted((Path(__file__).parent / "wrong_answers").glob("nb*.py"))
          for name, answers in import_module(f"wrong_answers.{path.stem}").WRONG.items()}
+for key, answers in import_module("wrong_answers.slips").SLIPS.items():
+    WRONG.setdefault(key, []).extend(answers)
+RIGHT = import_module("wrong_answers.unusual").RIGHT
+NUMBERS_ALONE = re.compile(r"^(?!wrong where)[^:]*(\bis (wrong in|[^(]*, expected)|has shape|has \d+ entries|not finite)")
 
 
-def test_every_exercise_has_wrong_answers():
-    assert set(WRONG) == set(EXERCISES) - {"toy"} and all(len(answers) >= 3 for answers in WRONG.values())
+def test_every_exercise_has_wrong_answers_and_right_ones():
+    assert set(WRONG) == set(RIGHT) == set(EXERCISES) - {"toy"}
+    assert min(map(len, WRONG.values())) >= 6 and min(map(len, RIGHT.values())) >= 3
+    assert sum(map(len, [*WRONG.values(), *RIGHT.values()])) >= 500
+
+
+@cache
+def told(key):
+    return [EXERCISES[key].diagnose(answer) for answer, _ in WRONG[key]]
 
 
 @pytest.mark.parametrize("key", WRONG)
 def test_each_wrong_answer_is_told_what_is_wrong(key):
-    told = [EXERCISES[key].diagnose(answer) for answer, _ in WRONG[key]]
-    assert all(text and part in text for text, (_, part) in zip(told, WRONG[key])), told
-    assert len(set(told)) == len(told)
+    assert all(text and part in text for text, (_, part) in zip(told(key), WRONG[key])), told(key)
+
+
+def test_four_in_five_wrong_answers_are_told_a_cause():
+    texts = [text for key in WRONG for text in told(key)]
+    bare = [text for text in texts if NUMBERS_ALONE.match(text)]
+    assert len(bare) <= 0.2 * len(texts), bare
+
+
+@pytest.mark.parametrize("key", RIGHT)
+def test_each_right_answer_in_unusual_form_is_accepted(key):
+    assert [EXERCISES[key].diagnose(answer) for answer in RIGHT[key]] == [None] * len(RIGHT[key])
 
 
 def test_wrap_is_told_of_its_return_and_of_loose_names_whatever_else_it_does():

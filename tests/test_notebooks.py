@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from names_in_cells import overwritten
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from nbgrader.nbgraderformat import MetadataValidator
 
@@ -215,9 +216,23 @@ def numbers_in_prose_are_shown(nb):
             if value(number) not in shown and not (value(number) <= 12 and number.isdigit())]
 
 
+def names_keep_their_meaning(nb):
+    """So that any cell may be run again, after any other."""
+    return overwritten([cell.source for cell in code_cells(nb)])
+
+
+def opens_with_questions_and_ends_with_a_card(nb):
+    first, card = nb.cells[0].source, prose_after(nb, "The card")
+    questions = re.findall(r"^[123]\. ", first.partition("<details>")[0], re.MULTILINE)
+    answers = re.findall(r"^[123]\. ", first.partition("<details>")[2], re.MULTILINE)
+    return ([] if len(questions) == len(answers) == 3 else ["no three questions with their answers folded"]) + (
+        [] if len(re.findall(r"^- ", card, re.MULTILINE)) == 5 else ["no card of five lines"])
+
+
 CHECKS = [executed_in_order, nothing_skipped, ignored_outputs_have_reasons, outputs_are_clean, metadata_is_clean,
           file_is_small, cells_are_short, figures_have_summaries, exercises_are_whole, structure_is_whole,
-          claims_have_verdicts, no_network, code_is_plain, starts_with_seed_and_threads, numbers_in_prose_are_shown]
+          claims_have_verdicts, no_network, code_is_plain, starts_with_seed_and_threads, numbers_in_prose_are_shown,
+          names_keep_their_meaning, opens_with_questions_and_ends_with_a_card]
 
 
 def test_the_folder_is_there_and_its_files_are_named_as_titled():
@@ -259,7 +274,8 @@ def exercise(name):
 def good():
     """Cells: 0 title, 1 setup, 2 predict, 3 figure, 4 text, 5 to 10 exercises, 11 claims."""
     cells = [
-        new_markdown_cell("# 02 · Two matrices\n**You will be able to** count. **Time** 25 minutes."),
+        new_markdown_cell("# 02 · Two matrices\n**You will be able to** count. **Time** 25 minutes.\n\n1. a?\n2. b?\n"
+                          "3. c?\n\n<details>\n\n1. A\n2. B\n3. C\n\n</details>"),
         new_code_cell("import torch\ntorch.manual_seed(0)\ntorch.set_num_threads(2)\nsize = 4_096"),
         new_markdown_cell("## Predict\n- **a** 77%\n- **b** 88%"),
         new_code_cell("plots.show(fig, 'r')\nnb02.guess.reveal('a')",
@@ -268,7 +284,8 @@ def good():
                           "arXiv 2106.09685, section 7.3). In `r=99`, 64 of 3, a 16-bit base, see tables 15 and 16."),
         *exercise("one"), *exercise("two"),
         new_markdown_cell("## Exercises\n## What you can now claim\n\n| claim | where | verdict |\n|---|---|---|\n"
-                          "| small | figure | confirmed |\n\n**Next:** notebook 03")]
+                          "| small | figure | confirmed |\n\n**Next:** notebook 03\n\n## The card\n\n"
+                          + "- a line\n" * 5)]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nb = new_notebook(cells=cells, metadata={"kernelspec": kernel})
     for count, cell in enumerate(code_cells(nb), 1):
@@ -342,6 +359,11 @@ BAD = {
                  text("![x](https://a.b/c.png)"), text("<img src='http://a.b/c.png'>")],
     code_is_plain: [code("plot(x);"), code("clear_output()"), code("interact(f)"),
                     code("warnings.simplefilter('ignore')"), code("set_matplotlib_formats('retina')")],
+    names_keep_their_meaning: [
+        lambda nb: [c.update(source=t) for c, t in zip(code_cells(nb), ("x = 1", "print(x)", "x = 2"))],
+        lambda nb: [c.update(source=t) for c, t in zip(code_cells(nb), ("x = 1", "def f():\n    return x", "for x in f: 0"))]],
+    opens_with_questions_and_ends_with_a_card: [source(0, "3. c?", ""), source(0, "3. C", ""),
+                                                source(11, "- a line\n", "", ), source(11, "## The card", "")],
     starts_with_seed_and_threads: [source(1, "manual_seed", "seed"), source(1, "set_num_threads", "x"),
                                    lambda nb: nb.cells.pop(1)],
     numbers_in_prose_are_shown: [text(" It is " + n) for n in (

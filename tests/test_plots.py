@@ -3,9 +3,13 @@
 import importlib
 
 import matplotlib
+import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 
 from minilora import plots
+from minilora.plots import diagrams
+from minilora.plots.sheet import INK, KINDS
 
 
 def drawn(**settings):
@@ -53,3 +57,46 @@ def test_matplotlibs_own_settings_stay():
     fig = fresh.bars(["a", "b"], {"x": [1, 2]}, title="t", ylabel="y")
     assert dict(matplotlib.rcParams) == before
     assert not before["axes.grid"] and not fig.axes[0].spines["top"].get_visible()  # the figure has our style
+
+
+# ---------------------------------------------------------------- drawings
+
+
+@pytest.mark.parametrize("name", diagrams.__all__)
+def test_every_drawing_stands_within_its_sheet_and_says_what_it_shows(name):
+    """No word is cut off, in a picture as wide as a page; the page shows through."""
+    fig, sentence = getattr(diagrams, name)()
+    FigureCanvasAgg(fig).draw()
+    page = fig.bbox
+    outside = [t.get_text() for t in fig.axes[0].texts for box in [t.get_window_extent()]
+               if box.x0 < page.x0 - 1 or box.x1 > page.x1 + 1 or box.y0 < page.y0 - 1 or box.y1 > page.y1 + 1]
+    assert outside == [] and 40 < len(sentence) < 600 and fig.get_figwidth() <= 8
+    assert fig.patch.get_alpha() == 0
+
+
+def contrast(one, other):
+    """The contrast ratio of the WCAG, from 1 to 21."""
+    def light(color):
+        channels = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color))
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), channels))
+    low, high = sorted((light(one), light(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_word_of_a_drawing_reads_on_light_and_dark_pages():
+    assert all(contrast(fill, ink) >= 4.5 for fill, ink, _, _ in KINDS.values())
+    assert min(contrast(INK, page) for page in ("#ffffff", "#111111")) >= 4
+
+
+def test_numbers_of_the_drawings_are_those_of_torch():
+    import torch
+
+    A, B = torch.tensor([[1.0, 0, 2]], requires_grad=True), torch.zeros(2, 1, requires_grad=True)
+    for _ in range(2):
+        (torch.tensor([1.0, -2]) * (B @ A @ torch.ones(3))).sum().backward()
+        for M in (A, B):
+            M.data -= 0.1 * M.grad
+            M.grad = None
+    shown = [t.get_text() for t in diagrams.rank_one_step()[0].axes[0].texts]
+    wanted = [f"{v:.3g}" for v in (B @ A).detach().numpy().round(2).flatten()]
+    assert all(number in shown for number in wanted)

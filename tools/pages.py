@@ -3,7 +3,8 @@
 README.md gets the ten lines of examples/ten_lines.py, two of the figures, an answer of the memory calculator and the
 map of the notebooks; docs/CALCULATOR.md how far such answers are off and what was measured on a card;
 docs/PUBLISHED.md the calculator's answers beside published measurements; docs/CLAIMS.md the ledger of claims;
-notebooks/TEACHING.md the misconception behind each wrong answer to a prediction. A generated part stands between
+notebooks/TEACHING.md the misconception behind each wrong answer to a prediction; notebooks/LESSONS.md the usual
+mistakes in each exercise. A generated part stands between
 ``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types there. A test holds the pages against the notebooks.
 """
 
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "gpu"))
 import run as gpu
 from common import measured_rows
 
-from minilora.check import Estimate, Prediction, brief
+from minilora.check import Estimate, Exercise, Prediction, brief
 from minilora.cli import main
 from minilora.experiments import measured
 from minilora.memory import published
@@ -35,10 +36,11 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ROW = re.compile(r"^\|(.+)\|(.+)\|(.+)\|[ \t]*$", re.MULTILINE)
 # A source: in brackets at the end of a claim. "paper" alone is LoRA's; other papers and issues go by their names.
 SOURCE = re.compile(r"\s*\(((?:the lesson|paper|rsLoRA|[A-Z])[^()]*)\)\s*$")
-FIGURES = (("06", 0), ("11", 1))  # (notebook, which of its figures)
+FIGURES = (("06", 0), ("11", 2))  # (notebook, which of its figures)
 QUESTION = ("memory --model llama-3-8b --method qlora --rank 16 --targets all-linear --batch 1 --seq 2048 "
             "--card rtx-4090")
-HEART = {"01": "a census of one training step, formula against measured bytes",
+HEART = {"00": "the lesson in one sitting: an adapter built, trained, merged and swapped",
+         "01": "a census of one training step, formula against measured bytes",
          "02": "recover a hidden low-rank update, rank by rank",
          "03": "one budget spent on different modules of a pretrained decoder",
          "04": "alpha / r against alpha / sqrt(r), rank 1 to 256",
@@ -129,6 +131,20 @@ def misconceptions() -> str:
     return "\n".join(lines).strip()
 
 
+def key() -> str:
+    """Every exercise, and what its checker says to the mistakes that are usual."""
+    lines = []
+    for path in NOTEBOOKS:
+        module = importlib.import_module(f"minilora.check.nb{path.name[:2]}")
+        lines.append(f"**{re.match('# (.+)', markdown(path)[0])[1]}**\n")
+        for name, exercise in vars(module).items():
+            if isinstance(exercise, Exercise):
+                lines.append(f"- `{name}`")
+                lines += [f"  - {message}" for _, message in exercise.mistakes]
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
 def code() -> str:
     """The first program, which a test runs."""
     return f"```python\n{(ROOT / 'examples' / 'ten_lines.py').read_text(encoding='utf-8')}```"
@@ -211,7 +227,8 @@ PAGES = {ROOT / "README.md": {"code": code, "figures": figures, "answer": answer
          ROOT / "docs" / "CALCULATOR.md": {"published_summary": published_summary, "accuracy": accuracy, "card": card},
          ROOT / "docs" / "PUBLISHED.md": {"published_summary": published_summary, "published": published_table},
          ROOT / "docs" / "CLAIMS.md": {"ledger": ledger},
-         ROOT / "notebooks" / "TEACHING.md": {"misconceptions": misconceptions}}
+         ROOT / "notebooks" / "TEACHING.md": {"misconceptions": misconceptions},
+         ROOT / "notebooks" / "LESSONS.md": {"key": key}}
 
 
 def filled(page: Path) -> str:

@@ -45,8 +45,9 @@ wire = Prediction("c", {
 
 
 def draw_counts(seed: int) -> tuple[int, int]:
+    """Some train, now and then all or none."""
     parameters = random.randint(10**6, 10**9)
-    return parameters, random.randint(1, parameters // 3)
+    return parameters, random.choice((random.randint(1, parameters // 3),) * 4 + (parameters, 0))
 
 
 def state_reference(parameters: int, trainable: int) -> int:
@@ -61,14 +62,21 @@ state_bytes = Exercise("state_bytes", state_reference, draw_counts, [
     (lambda p, t: 4 * p + 8 * t, "one number too few for each trainable weight: it has a gradient and two moments"),
     (lambda p, t: 4 * p + 16 * t, "each trainable weight is counted twice: it is already one of the parameters"),
     (lambda p, t: p + 3 * t, "this counts numbers; in fp32 each takes 4 bytes"),
-])
+    (lambda p, t: 8 * p + 8 * t, "a frozen weight has no gradient: gradients belong to the trainable weights alone"),
+    (lambda p, t: 2 * (p + 3 * t), "these are 16 bits a number; in fp32 each takes 4 bytes"),
+], situations=[(lambda p, t: t == p, "every weight trains"), (lambda p, t: t == 0, "no weight trains")])
 
 
 def draw_chain(seed: int) -> tuple[list[int], list[bool]]:
-    """Widths of a chain of linear layers and which of them train; somewhere a frozen one lies above a trained one."""
+    """Widths of a chain of linear layers, some of them alike, and which of the layers train, at least one. In turn: a
+    frozen one lies above a trained one; the first trains; the last alone trains; all train."""
     layers = 4 + seed
-    trains = [False, True, False, *(random.random() < 0.5 for _ in range(layers - 3))]
-    return random.sample(range(3, 60), layers + 1), trains
+    some = [random.random() < 0.5 for _ in range(layers - 3)]
+    trains = [[False, True, False, *some], [True, False, True, *some], [False] * (layers - 1) + [True],
+              [True] * layers][seed % 4]
+    widths = random.sample(range(3, 60), layers + 1)
+    widths[2], widths[4] = widths[0], widths[1]
+    return widths, trains
 
 
 def kept_reference(widths: list[int], trains: list[bool]) -> int:
@@ -96,7 +104,16 @@ kept_floats = Exercise("kept_floats", kept_reference, draw_chain, [
      "the wrong way round: these are the inputs of the frozen layers"),
     (lambda w, t: sum(t), "this counts layers; each keeps as many numbers as its input is wide"),
     (lambda w, t: 4 * sum(a for a, train in zip(w, t) if train), "these are bytes; the question is how many numbers"),
-])
+    (lambda w, t: sum(a for a, train in zip(w[1:], t[1:]) if train),
+     "the first layer is left out: if it trains, its input is kept too, for the gradient of its weight"),
+    (lambda w, t: sum({a for a, train in zip(w, t) if train}),
+     "two layers of the same width keep two inputs: a set counts a width once"),
+    (lambda w, t: sum(a + b for a, b, train in zip(w, w[1:], t) if train),
+     "inputs and outputs are counted: the gradient of a weight needs the input of its layer alone"),
+    (lambda w, t: max(a for a, train in zip(w, t) if train), "this is the widest input; all of them are kept together"),
+], situations=[(lambda w, t: t[0], "the first layer trains"), (lambda w, t: t[-1], "the last layer trains"),
+               (lambda w, t: all(t), "every layer trains"),
+               (lambda w, t: not all(t), "some layers are frozen")])
 
 
 def draw_ring(seed: int) -> tuple[int, int]:
@@ -127,4 +144,7 @@ ring_bytes = Exercise("ring_bytes", ring_reference, draw_ring, [
     (lambda t, n: 2.0 * t * (n - 1) / n, "this counts numbers; in fp32 each takes 4 bytes"),
     (lambda t, n: 8.0 * t * (n - 1), "this is what all workers send together; the question is one worker's share"),
     (lambda t, n: 8.0 * (n - 1) / n, "this is for a single gradient; there are as many as trainable weights"),
-], observe=lambda result, *_: float(result))
+    (lambda t, n: 4.0 * t * (2 * n - 1) / n, "one round too many: workers - 1 to sum and workers - 1 to hand out"),
+    (lambda t, n: 4.0 * t / n, "this is one chunk; a worker sends one in each of the 2 (workers - 1) rounds"),
+], situations=[(lambda t, n: n == 2, "there are two workers"), (lambda t, n: n > 2, "there are more than two workers")],
+   observe=lambda result, *_: float(result))

@@ -34,8 +34,10 @@ half_the_rank = Prediction("d", {
 
 
 def draw_shapes(seed: int) -> tuple[list[tuple[int, int]], int]:
-    shapes = [(8 * random.randint(20, 60), 8 * random.randint(61, 99)) for _ in range(2 + seed)]
-    return shapes, (3, 8, 16, 5)[seed % 4]
+    """Tall and wide matrices, one of them twice; now and then a single one."""
+    shapes = [(8 * random.randint(20, 60), 8 * random.randint(61, 99)) for _ in range(1 + seed)]
+    shapes = [shape if random.random() < 0.6 else shape[::-1] for shape in shapes]
+    return shapes + shapes[:seed], (3, 8, 16, 5)[seed % 4]
 
 
 def count_reference(shapes: list[tuple[int, int]], rank: int) -> int:
@@ -61,12 +63,25 @@ count_parameters = Exercise("count_parameters", count_reference, draw_shapes, [
     (lambda shapes, r: r * (shapes[-1][0] + shapes[-1][1]), "only the last matrix is counted: += in place of ="),
     (lambda shapes, r: sum(r * (o + i) for o, i in shapes) / sum(o * i for o, i in shapes),
      "this is the share of the frozen weights; the question is how many numbers"),
-])
+    (lambda shapes, r: sum(r * (o + i) for o, i in set(shapes)),
+     "two matrices of one shape have an A and a B each: a set counts the shape once"),
+    (lambda shapes, r: sum(2 * r * min(o, i) for o, i in shapes),
+     "twice the smaller side is right for a square alone: A has r x d_in entries, B has d_out x r"),
+    (lambda shapes, r: sum(2 * r * max(o, i) for o, i in shapes),
+     "twice the larger side is right for a square alone: A has r x d_in entries, B has d_out x r"),
+    (lambda shapes, r: sum(r * (o + i) + r * r for o, i in shapes),
+     "there is no r x r matrix between A and B: two matrices, r d_in and d_out r"),
+], situations=[(lambda shapes, r: len(shapes) == 1, "there is one matrix"),
+               (lambda shapes, r: len(shapes) > 1, "there are several matrices"),
+               (lambda shapes, r: any(o > i for o, i in shapes), "a matrix is taller than wide")])
 
 
 def draw_matrices(seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
     d_out, d_in, rank = 7 + seed, 15 - seed, 2 + seed
-    W0, A, B = (torch.randn(*shape, dtype=torch.float64) for shape in ((d_out, d_in), (rank, d_in), (d_out, rank)))
+    if random.random() < 0.3:
+        d_out, d_in = d_in, d_out
+    dtype = random.choice((torch.float64, torch.float32))
+    W0, A, B = (torch.randn(*shape, dtype=dtype) for shape in ((d_out, d_in), (rank, d_in), (d_out, rank)))
     return W0, A, B, (6.0, 16.0, 10.0, 32.0)[seed % 4]
 
 
@@ -91,12 +106,17 @@ merged_weight = Exercise("merged_weight", merged_reference, draw_matrices, [
     (lambda W, A, B, alpha: W + alpha / len(A) * (A @ B), "B comes first: (d_out, r) times (r, d_in)"),
     (lambda W, A, B, alpha: W.add_(alpha / len(A) * (B @ A)),
      "this adds to W0 in place; W0 is frozen, and unmerging needs it"),
+    (lambda W, A, B, alpha: W + len(A) / alpha * (B @ A), "upside down: the scaling is alpha / r, not r / alpha"),
+    (lambda W, A, B, alpha: W + (alpha / len(A))**2 * (B @ A), "the scaling counts once: alpha / r, not its square"),
+    (lambda W, A, B, alpha: W + alpha // len(A) * (B @ A), "alpha // r cuts the scaling down to a whole number: use /"),
 ])
 
 
 def draw_update(seed: int) -> tuple[Tensor, int]:
     d_out, d_in = 9 + seed, 14 - seed
-    return torch.randn(d_out, d_in, dtype=torch.float64) * torch.arange(1, d_in + 1), 2 + seed
+    if random.random() < 0.4:
+        d_out, d_in = d_in, d_out
+    return torch.randn(d_out, d_in, dtype=torch.float64) * torch.arange(1, d_in + 1), random.choice((1, 2 + seed))
 
 
 def best_error_reference(delta: Tensor, rank: int) -> float:
@@ -127,7 +147,13 @@ best_rank_r_error = Exercise("best_rank_r_error", best_error_reference, draw_upd
      "this is the error in the spectral norm, the largest stretch; the length counts all directions"),
     (by_spectrum(lambda S, r: S.flip(0)[r:].norm() / S.norm()),
      "this keeps the smallest directions; svdvals gives the largest first"),
-])
+    (by_spectrum(lambda S, r: S[r:].norm() / S[:r].norm()),
+     "divided by what is kept; the share is one of all of delta"),
+    (lambda delta, rank: (delta[rank:].norm() / delta.norm()).item(),
+     "these are rows of delta; take its singular values, torch.linalg.svdvals(delta)"),
+], situations=[(lambda delta, rank: rank == 1, "the rank is 1"), (lambda delta, rank: rank > 1, "the rank is above 1"),
+               (lambda delta, rank: delta.shape[0] > delta.shape[1], "delta is taller than wide"),
+               (lambda delta, rank: delta.shape[0] < delta.shape[1], "delta is wider than tall")])
 
 
 def draw_step(seed: int) -> tuple[Tensor, Tensor, Tensor, float, float]:
@@ -167,4 +193,12 @@ first_update = Exercise("first_update", first_update_reference, draw_step, [
      "transposed: the weight is (d_out, d_in)"),
     (lambda x, G, A, alpha, lr: torch.zeros(G.shape[1], x.shape[1], dtype=x.dtype),
      "the weight does move: B leaves zero at the first step, though A stands still"),
+    (lambda x, G, A, alpha, lr: (alpha / A.shape[1])**2 * step_without(x, G, A, lr),
+     "this divides alpha by d_in; r is the number of A's rows"),
+    (lambda x, G, A, alpha, lr: alpha / len(A)**2 * step_without(x, G, A, lr),
+     "the scaling is squared whole: (alpha / r)^2, not alpha / r^2"),
+    (lambda x, G, A, alpha, lr: (alpha / len(A))**2 * step_without(x, G, A, lr**2),
+     "the learning rate counts once: one step was taken"),
+    (lambda x, G, A, alpha, lr: alpha**2 / len(A) * step_without(x, G, A, lr),
+     "the scaling is squared whole: (alpha / r)^2, not alpha^2 / r"),
 ])

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import re
 
 import torch
 from torch import nn
@@ -11,8 +12,10 @@ from ..grading.models import Pair, Tuned
 from . import Exercise, Prediction
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj",
-         "model.layers.10.mlp.up_proj", "vision.my_q_proj", "q_proj", "q_proj.norm", "lm_head", "model.up_proj_2")
-WANTED = (["q_proj"], ["up_proj", "lm_head"], ["layers.1.mlp.up_proj"], ["lm_head", "self_attn.q_proj"])
+         "model.layers.10.mlp.up_proj", "vision.my_q_proj", "q_proj", "q_proj.norm", "lm_head", "model.up_proj_2",
+         "model.layers.1.mlp_up_proj", "model.Q_proj", "model.layers.11.mlp.up_proj")
+WANTED = (["q_proj"], ["up_proj", "lm_head"], ["layers.1.mlp.up_proj"], ["lm_head", "self_attn.q_proj"],
+          ["mlp.up_proj", "up_proj", "q_proj", "self_attn.q_proj"])
 
 
 def matched(names, targets):
@@ -20,16 +23,20 @@ def matched(names, targets):
 
 
 def draw_names(number: int) -> tuple[list[str], list[str]]:
-    """Names in which the targets stand whole, inside another word, and with dots of their own."""
+    """Names in which the targets stand whole, inside another word, and with dots of their own; some names match two of
+    the targets, and in some an underscore stands where a target has a dot."""
     words = random.sample(("query", "value", "gate", "lift", "squeeze", "mixer", "router", "halt"), 4)
     parents = [f"{random.choice(('net', 'body', 'trunk'))}.{random.randint(0, 30)}" for _ in range(5)]
-    names = [random.choice((f"{p}.{w}", w, f"{p}.{w}.norm", f"{p}.old_{w}", f"{p}.{w}_2", f"{p}.sub.{w}", f"my_{w}"))
+    names = [random.choice((f"{p}.{w}", w, f"{p}.{w}.norm", f"{p}.old_{w}", f"{p}.{w}_2", f"{p}.sub.{w}", f"my_{w}",
+                            f"{p}.sub_{w}"))
              for p in parents for w in words]
-    return names, random.sample([*words[:3], f"sub.{words[3]}", f"{parents[0]}.{words[3]}"], random.randint(1, 3))
+    names = list(dict.fromkeys(names))  # every module has a name of its own
+    places = [*words[:3], f"sub.{words[0]}", f"sub.{words[3]}", f"{parents[0]}.{words[3]}"]
+    return names, random.sample(places, random.randint(1, 4))
 
 
 find_targets = Exercise(
-    "find_targets", matched, lambda seed: (list(NAMES), WANTED[seed]),
+    "find_targets", matched, lambda seed: (list(NAMES), list(WANTED[seed])),
     [(lambda names, targets: [n for n in names if any(t in n for t in targets)],
       "a target inside a name is not enough: the name must be the target, or end in a dot and the target"),
      (lambda names, targets: [n for n in names if any(n.endswith(t) for t in targets)],
@@ -44,8 +51,24 @@ find_targets = Exercise(
       "the names must stay in the model's order: go through the names, not through the targets"),
      (lambda names, targets: list(targets), "these are the targets: return the names that they match"),
      (lambda names, targets: [n for n in names if all(("." + n).endswith("." + t) for t in targets)],
-      "one target that matches is enough: any, not all")],
-    draw=draw_names)
+      "one target that matches is enough: any, not all"),
+     (lambda names, targets: [n for n in names for t in targets if ("." + n).endswith("." + t)],
+      "a name that matches two targets is listed twice: ask whether any target matches"),
+     (lambda names, targets: [n for n in names if any(re.search(rf"(^|\.){t}$", n) for t in targets)],
+      "in a regular expression a dot stands for any character: re.escape(target), or endswith"),
+     (lambda names, targets: [n for n in names if n in targets or n.split(".")[-1] in targets],
+      "a target may have several parts: layers.1.mlp.up_proj is more than a name's last part"),
+     (lambda names, targets: [n for n in names if any(("." + n + ".").find("." + t + ".") >= 0 for t in targets)],
+      "the name must end with the target: q_proj.norm is a child of q_proj, another module"),
+     (lambda names, targets: [n for n in names if any(("." + n).lower().endswith("." + t.lower()) for t in targets)],
+      "upper and lower case are different names")],
+    rounds=len(WANTED), draw=draw_names,
+    situations=[(lambda names, targets: any(n in targets for n in names), "a name is itself a target"),
+                (lambda names, targets: any(sum(("." + n).endswith("." + t) for t in targets) > 1 for n in names),
+                 "a name matches two targets"),
+                (lambda names, targets: any("." in t for t in targets), "a target has dots of its own"),
+                (lambda names, targets: len(targets) > 1, "there are several targets"),
+                (lambda names, targets: not matched(names, targets), "no name matches")])
 
 
 def shapes(seed: int) -> list[tuple[int, int]]:
@@ -73,7 +96,7 @@ def budgets(seed: int) -> tuple:
 def draw_budget(number: int) -> tuple:
     places = [(random.randint(8, 90), random.randint(8, 90)) for _ in range(random.randint(1, 4))]
     one = counted(places, 1)
-    ranks = random.choice((random.random(), random.randint(1, 8), random.uniform(1, 8), random.randint(80, 900)))
+    ranks = (random.random(), random.randint(1, 8), random.uniform(1, 8), random.randint(80, 900))[number % 4]
     return places, int(one * ranks)
 
 
@@ -99,8 +122,27 @@ largest_rank = Exercise(
      (lambda shapes, budget: min(budget // sum(out * inp for out, inp in shapes), min(map(min, shapes))),
       "rank r costs r * (d_out + d_in) a module, not r * d_out * d_in"),
      (lambda shapes, budget: min(budget // sum(shapes[0]), min(map(min, shapes))),
-      "that spends the budget on the first module alone: it must pay for all of them")],
-    draw=draw_budget)
+      "that spends the budget on the first module alone: it must pay for all of them"),
+     (lambda shapes, budget: min(unlimited(shapes, budget), min(out for out, inp in shapes)),
+      "the cap looks at d_out alone: no rank may exceed d_in either"),
+     (lambda shapes, budget: min(unlimited(shapes, budget), min(inp for out, inp in shapes)),
+      "the cap looks at d_in alone: no rank may exceed d_out either"),
+     (lambda shapes, budget: min(unlimited(shapes, budget), min(shapes[0])),
+      "the cap looks at the first matrix alone: it is the smallest side of all of them"),
+     (lambda shapes, budget: min(budget // sum(2 * out for out, inp in shapes), min(map(min, shapes))),
+      "a module of rank r costs r * (d_out + d_in); 2 * d_out is right for a square alone"),
+     (lambda shapes, budget: min(budget // sum(2 * inp for out, inp in shapes), min(map(min, shapes))),
+      "a module of rank r costs r * (d_out + d_in); 2 * d_in is right for a square alone"),
+     (lambda shapes, budget: min(round(budget / counted(shapes, 1)), min(map(min, shapes))),
+      "rounded to the nearest, the budget is overspent at times: round down"),
+     (lambda shapes, budget: min(unlimited(shapes, budget), min(map(min, shapes)) - 1),
+      "a rank may be as large as the smallest side: the cap is one too small")],
+    draw=draw_budget,
+    situations=[(lambda shapes, budget: budget < counted(shapes, 1), "the budget does not pay for rank 1"),
+                (lambda shapes, budget: unlimited(shapes, budget) > min(map(min, shapes)),
+                 "the budget would pay for more than the smallest side of a matrix"),
+                (lambda shapes, budget: budget % counted(shapes, 1) == 0, "the budget is used up exactly"),
+                (lambda shapes, budget: len(shapes) > 1, "there are several modules")])
 
 
 def wrapped(model, target, layer):
@@ -138,6 +180,14 @@ def first_only(model, target, layer):
                 return model
 
 
+def top_only(model, target, layer):
+    model.requires_grad_(False)
+    for name, child in list(model.named_children()):
+        if name == target:
+            setattr(model, name, layer(child))
+    return model
+
+
 def every_linear(passes):
     """The mistake that wraps every linear whose name passes(name, target)."""
     def wrap(model, target, layer):
@@ -155,8 +205,11 @@ class Other(Tuned):
 
 
 def model_and_target(seed: int) -> tuple:
-    width = 3 + seed
-    model = nn.Sequential(Pair(width), nn.Sequential(Pair(width), nn.Linear(width, width)))
+    """In turn: matches at two depths; the model itself holds the match; three of them in a row; one far below."""
+    width = 3 + seed % 3
+    deep = nn.Sequential(nn.Sequential(nn.Sequential(Pair(width)), nn.Linear(width, width)))
+    model = (nn.Sequential(Pair(width), nn.Sequential(Pair(width), nn.Linear(width, width))), Pair(width),
+             nn.Sequential(Pair(width), Pair(width), Pair(width)), deep)[(0, 0, 1, 2, 3, 1)[seed % 6]]
     return model, ("up", "down")[seed % 2], Tuned
 
 
@@ -185,23 +238,28 @@ wrap = Exercise(
       "change the model that you were given, not a copy of it"),
      (lambda model, target, layer: wrapped(model, target, Other),
       "use layer(child), the argument: it need not be LoRA"),
+     (top_only, "only the model's own children are looked at; the matches lie below the top level too: walk through "
+                "model.modules()"),
      (forgetful, "the base still trains: freeze the model first (requires_grad_(False)), then put the layers in"),
      (late, "nothing trains: freeze before the new layers come in, not after"),
      (first_only, "only the first match is wrapped: go on to the others"),
      (every_linear(lambda name, target: True), "every linear is wrapped: compare the child's name with the target"),
      (every_linear(lambda name, target: target in name),
       "a child whose name only holds the target is wrapped too: compare whole names, name == target")],
+    rounds=6, situations=[(lambda model, target, layer: hasattr(model, target),
+                           "the match is a child of the model itself"),
+                          (lambda model, target, layer: not hasattr(model, target), "the match lies deeper down")],
     in_place=True, observe=outputs_and_flags)
 
 
-where_to_spend = Prediction("c", {
-    "a": "Attention does decide where to look, but the base looks in the right places already. What changes is what is "
-         "said: the values, the output projections and the MLP carry that.",
-    "b": "A parameter is not a parameter: at one budget the bars differ widely. A key can only change where attention "
-         "looks, never what is said there.",
-    "c": "A query or a key can only move attention, which in this task looked in the right places already. What "
+where_to_spend = Prediction("a", {
+    "a": "A query or a key can only move attention, which in this task looked in the right places already. What "
          "changes is what is said, so it pays to adapt what carries it: o, the MLP, or several kinds together. o alone "
          "does as well as most ways to spread.",
+    "b": "A parameter is not a parameter: at one budget the bars differ widely. A key can only change where attention "
+         "looks, never what is said there.",
+    "c": "Attention does decide where to look, but the base looks in the right places already. What changes is what is "
+         "said: the values, the output projections and the MLP carry that.",
     "d": "The frozen weights do most of the work, so a small correction is enough: LoRA's best bars come close to that "
          "of full fine-tuning.",
 })

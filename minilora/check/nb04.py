@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 from dataclasses import astuple, dataclass
 
 import torch
@@ -20,11 +21,11 @@ more_rank = Prediction("c", {
          "angles, as the root of r, while alpha / r takes away a whole r.",
 })
 
-double_alpha = Prediction("b", {
-    "a": "Adam does divide by the size of the gradient, so a louder alpha does not lengthen the steps of B. But "
-         "alpha multiplies what these steps do to the output.",
-    "b": "alpha and the learning rate of B are one knob: double the one and halve the other, and not one bit of the "
+double_alpha = Prediction("a", {
+    "a": "alpha and the learning rate of B are one knob: double the one and halve the other, and not one bit of the "
          "run changes. So leave alpha alone, and tune the learning rate.",
+    "b": "Adam does divide by the size of the gradient, so a louder alpha does not lengthen the steps of B. But "
+         "alpha multiplies what these steps do to the output.",
     "c": "The learning rate of A need not move: A starts at its size and is not scaled by alpha. Only B, which "
          "starts at zero, is. (Halve both, and A must start at half its size and alpha must be four times as "
          "large.)",
@@ -58,14 +59,31 @@ alpha_for = Exercise(
      (lambda alpha, rank, new_rank, use_rslora: alpha / (math.sqrt(rank) if use_rslora else rank),
       "that is the scaling; the question is which alpha gives it at the new rank"),
      (lambda alpha, rank, new_rank, use_rslora: alpha * (new_rank / rank) ** (1 if use_rslora else 0.5),
-      "the two cases are exchanged: use_rslora is the one with the root")],
-    draw=draw_loudness)
+      "the two cases are exchanged: use_rslora is the one with the root"),
+     (lambda alpha, rank, new_rank, use_rslora: alpha // rank * new_rank if not use_rslora else
+      alpha * math.sqrt(new_rank / rank), "alpha // rank cuts the scaling down to a whole number: use /"),
+     (lambda alpha, rank, new_rank, use_rslora: alpha * ((new_rank / rank) ** 2 if use_rslora else new_rank / rank),
+      "rsLoRA divides by the root of r, so the ratio gets a root, not a square"),
+     (lambda alpha, rank, new_rank, use_rslora: alpha * (math.sqrt(new_rank) / rank if use_rslora else new_rank / rank),
+      "with use_rslora both ranks stand under the root"),
+     (lambda alpha, rank, new_rank, use_rslora: float(round(found_by_scaling(alpha, rank, new_rank, use_rslora))),
+      "alpha need not be a whole number: do not round it"),
+     (lambda alpha, rank, new_rank, use_rslora: (new_rank / rank) ** (0.5 if use_rslora else 1),
+      "that is the factor by which alpha must grow; multiply alpha by it")],
+    draw=draw_loudness,
+    situations=[(lambda alpha, rank, new_rank, use_rslora: use_rslora, "use_rslora is True"),
+                (lambda alpha, rank, new_rank, use_rslora: not use_rslora, "use_rslora is False"),
+                (lambda alpha, rank, new_rank, use_rslora: new_rank < rank, "the new rank is the smaller one"),
+                (lambda alpha, rank, new_rank, use_rslora: new_rank > rank, "the new rank is the larger one")])
 
 
 def power_laws(seed: int) -> tuple[list[float], list[float]]:
     x = [1.0, 4.0, 16.0, 64.0, 256.0][: 3 + seed % 3]
+    if random.random() < 0.5:  # neither evenly spaced nor sorted
+        x = [random.uniform(0.5, 200) for _ in range(4 + seed)]
     noise = torch.randn(len(x), dtype=torch.float64) * 0.2
-    return x, [(3 + seed) * v ** (-0.5 - 0.25 * seed) * math.exp(e) for v, e in zip(x, noise.tolist())]
+    exponent = (-0.5 - 0.25 * seed) * random.choice((1, 1, -1))
+    return x, [(3 + seed) * v ** exponent * math.exp(e) for v, e in zip(x, noise.tolist())]
 
 
 def fitted(x: list[float], y: list[float], log_x: bool = True, log_y: bool = True) -> Tensor:
@@ -87,8 +105,13 @@ slope = Exercise(
       "that joins the first point to the last; the best line takes those between into account"),
      (lambda x, y: fitted(y, x)[0].item(), "x and y are exchanged: y is the one that is explained"),
      (lambda x, y: -fitted(x, y)[0].item(), "the sign is wrong: a y that falls as x grows has a negative slope"),
-     (lambda x, y: math.exp(fitted(x, y)[0].item()), "the slope of the line is itself the exponent: no exp")],
-    tolerance=1e-6)
+     (lambda x, y: math.exp(fitted(x, y)[0].item()), "the slope of the line is itself the exponent: no exp"),
+     (lambda x, y: sum(math.log(a) * math.log(b) for a, b in zip(x, y)) / sum(math.log(a)**2 for a in x),
+      "this line goes through the origin, so c is 1: take the means away first, or fit a height as well"),
+     (lambda x, y: statistics.fmean(math.log(y[i + 1] / y[i]) / math.log(x[i + 1] / x[i]) for i in range(len(x) - 1)),
+      "that is the mean of the slopes from point to point; least squares weighs all points at once"),
+     (lambda x, y: fitted(x, y)[0].abs().item(), "a y that falls as x grows has a negative slope: no abs")],
+    tolerance=1e-4)
 
 
 def one_layer(seed: int) -> tuple:
@@ -123,7 +146,14 @@ first_adam_update = Exercise(
      (lambda x, G, A, alpha, lr: -lr * (G.T @ (x @ A.T)).sign(),
       "that is the step of B; the effective weight moves by alpha / r times that, times A"),
      (lambda x, G, A, alpha, lr: -lr * alpha / len(A) * (G.T @ (x @ A.T) @ A).sign(),
-      "sign() belongs to the step of B, before A is multiplied on")])
+      "sign() belongs to the step of B, before A is multiplied on"),
+     (lambda x, G, A, alpha, lr: -lr * alpha / A.shape[1] * (G.T @ (x @ A.T)).sign() @ A,
+      "this divides alpha by d_in; r is the number of A's rows"),
+     (lambda x, G, A, alpha, lr: -alpha / len(A) * (G.T @ (x @ A.T)).sign() @ A, "the learning rate is missing"),
+     (lambda x, G, A, alpha, lr: -lr * alpha / math.sqrt(len(A)) * (G.T @ (x @ A.T)).sign() @ A,
+      "this is rsLoRA's alpha / sqrt(r); here it is alpha / r"),
+     (lambda x, G, A, alpha, lr: -lr * alpha / len(A) * (G.T @ (x @ A.T)) / (G.T @ (x @ A.T)).norm() @ A,
+      "Adam divides every entry by its own size, not the matrix by its length: the sign of each entry is left")])
 
 
 @dataclass
@@ -172,5 +202,17 @@ twin = Exercise(
      (lambda alpha, A0, lr_A, lr_B, p, q: (alpha / (p + q), p * A0, p * lr_A, q * lr_B),
       "the factors multiply: B A is p q times as long, not p + q times"),
      (lambda alpha, A0, lr_A, lr_B, p, q: (alpha, p * A0, p * lr_A, q * lr_B),
-      "alpha is as before, and so the update is p q times as loud")],
+      "alpha is as before, and so the update is p q times as loud"),
+     (lambda alpha, A0, lr_A, lr_B, p, q: (alpha / p, p * A0, p * lr_A, q * lr_B),
+      "alpha is divided by p alone: B has grown as well, by q"),
+     (lambda alpha, A0, lr_A, lr_B, p, q: (alpha / q, p * A0, p * lr_A, q * lr_B),
+      "alpha is divided by q alone: A has grown as well, by p"),
+     (lambda alpha, A0, lr_A, lr_B, p, q: (alpha / (p * q), A0 / p, p * lr_A, q * lr_B),
+      "A0 is the wrong way round: A is p times as large, so p * A0"),
+     (lambda alpha, A0, lr_A, lr_B, p, q: (alpha / (p * q), p * A0, p * q * lr_A, p * q * lr_B),
+      "each learning rate goes with its own matrix: p with A, q with B"),
+     (lambda alpha, A0, lr_A, lr_B, p, q: (alpha / p / q, q * A0, p * lr_A, q * lr_B),
+      "A0 is q times itself here: A is the one that is p times as large"),
+     (lambda alpha, A0, lr_A, lr_B, p, q: (alpha / p / q, p * A0, q * lr_B, p * lr_A),
+      "the learning rate of A comes before that of B")],
     draw=draw_knobs)

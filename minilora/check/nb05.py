@@ -16,7 +16,9 @@ def matrix(seed: int, d_out: int, d_in: int, fall: float) -> Tensor:
 
 
 def draw_share(seed: int) -> tuple[Tensor, float]:
-    # sizes and falls at which every mistake gives another count somewhere
+    # sizes and falls at which every mistake gives another count somewhere; the last holds its share exactly
+    if seed == 4:
+        return torch.diag(torch.tensor([2.0, 2, 2, 2, 0, 0], dtype=torch.float64))[:, :5], 0.5
     return matrix(seed, 18 + seed, 26 - seed, (0.9, 0.85, 0.93, 0.95)[seed]), (0.9, 0.7, 0.95, 0.5)[seed]
 
 
@@ -65,7 +67,19 @@ rank_for_energy = Exercise("rank_for_energy", counted, draw_share, [
      "this is the share of the directions, not of the energy they hold"),
     (lambda delta, share: int(torch.linalg.matrix_rank(delta)),
      "this is the rank itself, which counts a direction however small it is"),
-], draw=draw_any_share)
+    (of_spectrum(lambda S, share: (energy(S) <= share).sum() + 1),
+     "directions that hold exactly the share are enough: at least, >=, not >"),
+    (of_spectrum(lambda S, share: below(energy(S), share) + 2),
+     "one too many: count how many hold too little, and add one"),
+    (of_spectrum(lambda S, share: below(energy(S), 1 - share) + 1),
+     "this is how many hold 1 - share; the question is how many hold the share"),
+    (of_spectrum(lambda S, share: below(S.square().cumsum(0) / S.sum(), share) + 1),
+     "the sum of the squares is divided by the sum of the values: divide by the sum of all squares"),
+], rounds=5, draw=draw_any_share,
+    situations=[(lambda delta, share: delta.shape[0] > delta.shape[1], "delta is taller than wide"),
+                (lambda delta, share: delta.shape[0] < delta.shape[1], "delta is wider than tall"),
+                (lambda delta, share: share < 0.6, "the share is small"),
+                (lambda delta, share: share >= 0.6, "the share is large")])
 
 
 def draw_adapters(seed: int) -> tuple[Tensor, Tensor, int, int]:
@@ -73,7 +87,8 @@ def draw_adapters(seed: int) -> tuple[Tensor, Tensor, int, int]:
     d_in, r1, r2 = 13 + seed, 3 + seed, 6
     A1, A2 = (torch.randn(r, r, dtype=torch.float64) @ torch.randn(r, d_in, dtype=torch.float64) for r in (r1, r2))
     A2[:2] += 3 * A1[:2]
-    return A1, A2, (2, 3, 1, 4)[seed], (4, 2, 3, 1)[seed]
+    i, j = ((2, 4), (3, 2), (1, 3), (4, 1))[seed]
+    return (A1, A2, i, j) if random.random() < 0.5 else (A2, A1, random.randint(1, r2), random.randint(1, r1))
 
 
 def projected(A1: Tensor, A2: Tensor, i: int, j: int) -> float:
@@ -107,7 +122,21 @@ similarity = Exercise("similarity", projected, draw_adapters, [
      "these are the absolute values; it is the squares that are added"),
     (lambda A1, A2, i, j: (overlap(A1, A2, len(A1), len(A2)).square().sum() / min(len(A1), len(A2))).item(),
      "this compares the whole subspaces: take the first i and the first j directions"),
-])
+    (lambda A1, A2, i, j: (overlap(A1, A2, i, j).square().sum() / (i * j)).item(),
+     "this is the mean over all pairs: divide by min(i, j), not by i j"),
+    (lambda A1, A2, i, j: (overlap(A1, A2, i, j).square().sum() / i).item(),
+     "divided by i: it is the smaller of i and j that bounds the sum"),
+    (lambda A1, A2, i, j: (overlap(A1, A2, i, j).square().sum() / j).item(),
+     "divided by j: it is the smaller of i and j that bounds the sum"),
+    (lambda A1, A2, i, j: (overlap(A1, A2, min(i, j), min(i, j)).square().sum() / min(i, j)).item(),
+     "both are cut to the smaller number: the first i directions of one, the first j of the other"),
+    (lambda A1, A2, i, j: (overlap(A1, A2, i, j).diagonal().square().sum() / min(i, j)).item(),
+     "this compares place by place; every direction of one is compared with every direction of the other"),
+    (lambda A1, A2, i, j: torch.linalg.svdvals(overlap(A1, A2, i, j))[0].item(),
+     "this is the cosine of the smallest angle; the squares of all of them are added"),
+], situations=[(lambda A1, A2, i, j: i > j, "i is larger than j"), (lambda A1, A2, i, j: i < j, "j is larger than i"),
+               (lambda A1, A2, i, j: i != j, "i and j differ"),
+               (lambda A1, A2, i, j: len(A1) != len(A2), "the ranks differ")])
 
 
 def draw_weight_and_update(seed: int) -> tuple[Tensor, Tensor, int]:
@@ -149,11 +178,27 @@ amplification_factor = Exercise("amplification_factor", amplified, draw_weight_a
     (lambda W, delta, rank: amplified(W, delta, min(W.shape)),
      "along all directions of delta lies nearly all of W: take the first `rank` only"),
     (lambda W, delta, rank: amplified(W, delta, rank)**2, "the norms are squared; a norm has a root"),
-])
+    (by_directions(lambda W, delta, U, S, Vh: S[0] / torch.linalg.matrix_norm(U.T @ W @ Vh.T, 2)),
+     "this is the spectral norm, the largest stretch; the paper takes the Frobenius norm, over all entries"),
+    (by_directions(lambda W, delta, U, S, Vh: delta.norm() / torch.linalg.matrix_norm(U.T @ W @ Vh.T, 2)),
+     "W's part is measured by its spectral norm and delta by Frobenius: take Frobenius for both"),
+    (by_directions(lambda W, delta, U, S, Vh: delta.norm() / (U.T @ (W + delta) @ Vh.T).norm()),
+     "the update is in W already here: measure the base alone along the directions of delta"),
+    (lambda W, delta, rank: (delta.norm() / W[:rank, :rank].norm()).item(),
+     "this is a corner of W; project W on the directions of delta, U^T W V"),
+], situations=[(lambda W, delta, rank: W.shape[0] > W.shape[1], "the matrices are taller than wide"),
+               (lambda W, delta, rank: W.shape[0] < W.shape[1], "the matrices are wider than tall")])
 
 
 def draw_before_and_after(seed: int) -> tuple[Tensor, Tensor, int, float]:
     # Two new directions come in, a loud and a quiet one; an old one comes up from far below; the first stays the first.
+    # Then two by themselves: in a tall matrix the new direction is the one that W0 does not reach at all; an old one
+    # comes up from beyond place 2k.
+    if seed > 3:
+        W0 = matrix(seed, 21, 20, 0.9)
+        U, S, Vh = torch.linalg.svd(W0)
+        place = 20 if seed == 4 else 13
+        return W0, W0 + 1.5 * S[0] * torch.outer(U[:, place], Vh[13]), 3, 0.6
     d_out, d_in, k = 24 + 2 * seed, 20 + 5 * seed, 5 + seed
     W0 = matrix(seed, d_out, d_in, 0.9)
     U, S, Vh = torch.linalg.svd(W0)
@@ -186,6 +231,11 @@ def by_cosines(count):
     return mistake
 
 
+def full_cosines(W0: Tensor, W: Tensor, k: int, epsilon: float) -> int:
+    U0, U = (torch.linalg.svd(M).U for M in (W0, W))
+    return int(((U0.T @ U[:, :k]).abs().amax(0) < epsilon).sum())
+
+
 def intruding(W0: Tensor, W: Tensor, k: int, epsilon: float) -> int:
     """Asks for each of the top directions, one at a time, whether an old one is near."""
     old = torch.linalg.eigh(W0 @ W0.T).eigenvectors[:, -min(W0.shape):]  # those of zero left out
@@ -211,7 +261,21 @@ intruders = Exercise("intruders", intruding, draw_before_and_after, [
      "this counts old directions that are gone: ask for each of the new W's directions whether an old one is near"),
     (lambda W0, W, k, epsilon: by_cosines(lambda C, k, e: (C.abs()[:, :k].amax(0) < e).sum())(W0.T, W.T, k, epsilon),
      "these are the right singular vectors; the definition takes the left ones, U"),
-], draw=draw_any_change)
+    (full_cosines, "with full_matrices=True a tall W0 has left vectors that it does not reach, which are no directions "
+                   "of its own: full_matrices=False"),
+    (by_cosines(lambda C, k, e: (C.abs()[:2 * k, :k].amax(0) < e).sum()),
+     "this compares with the base's first 2k directions; compare with all of them"),
+    (by_cosines(lambda C, k, e: (C[:, :k].square().amax(0) < e).sum()),
+     "the cosine is squared: compare its absolute value with epsilon"),
+    (by_cosines(lambda C, k, e: (C[:, :k].norm(dim=0) < e).sum()),
+     "this is the length of a direction's part in the old space; it is the nearest single old direction that counts"),
+    (by_cosines(lambda C, k, e: (C.abs()[:, :k].amax(0) > 1 - e).sum()),
+     "a direction is an intruder if its largest cosine is below epsilon"),
+], rounds=6, draw=draw_any_change,
+    situations=[(lambda W0, W, k, e: W0.shape[0] > W0.shape[1], "W0 is taller than wide"),
+                (lambda W0, W, k, e: W0.shape[0] < W0.shape[1], "W0 is wider than tall"),
+                (lambda W0, W, k, e: intruding(W0, W, k, e) == 0, "there is no intruder"),
+                (lambda W0, W, k, e: intruding(W0, W, k, e) > 0, "there is an intruder")])
 
 
 how_many_directions = Prediction("b", {
@@ -224,11 +288,11 @@ how_many_directions = Prediction("b", {
          "alike, energy does not.",
 })
 
-half_the_energy = Prediction("c", {
-    "a": "Energy is squared length, and length is not work. The leading directions are those that the gradients agree "
-         "on; the rest is long only because there is so much of it.",
+half_the_energy = Prediction("a", {
+    "a": "The work is in the few directions that all examples push, and the tail only adds length.",
     "b": "The answers do not follow the energy: what was cut away held nearly half of it, and alone it gets no reply "
          "right.",
-    "c": "The work is in the few directions that all examples push, and the tail only adds length.",
+    "c": "Energy is squared length, and length is not work. The leading directions are those that the gradients agree "
+         "on; the rest is long only because there is so much of it.",
     "d": "It does matter which: random directions of the same lengths, and the other half itself, both fail.",
 })

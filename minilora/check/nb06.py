@@ -41,9 +41,11 @@ def sweep_rows(seed: int) -> tuple[list[dict]]:
 
 
 def draw_rows(number: int) -> tuple[list[dict]]:
+    """In any order; a rate may have fewer seeds than another, and other ones, but for seed 0."""
     rates = random.sample((1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), random.randint(3, 5))
-    return ([{"lr": lr, "seed": s, "validation": random.uniform(0.1, 3), "loss": random.uniform(0.1, 3)}
-             for lr in rates for s in range(random.randint(2, 4))],)
+    rows = [{"lr": lr, "seed": s, "validation": random.uniform(0.1, 3), "loss": random.uniform(0.1, 3)}
+            for lr in rates for s in [0, *random.sample(range(1, 5), random.randint(1, 3))]]
+    return (random.sample(rows, len(rows)),)
 
 
 def fair(rows: list[dict]) -> tuple[float, float]:
@@ -71,6 +73,11 @@ def of_one_run(rows):
     return best["lr"], best["loss"]
 
 
+def middle(rows):
+    lr, _ = fair(rows)
+    return lr, statistics.median(row["loss"] for row in rows if row["lr"] == lr)
+
+
 def best_seed(rows):
     lr, _ = fair(rows)
     return lr, min(row["loss"] for row in rows if row["lr"] == lr)
@@ -87,10 +94,22 @@ fair_score = Exercise(
      (best_seed, "the right learning rate, but the score is that of its best seed: report the mean over seeds"),
      (lambda rows: fair(rows)[0], "return two values: the learning rate and the test loss"),
      (lambda rows: fair(rows)[::-1], "the right two values in the wrong order: first the learning rate"),
-     (lambda rows: (max({r["lr"] for r in rows}, key=lambda lr: sum(r["validation"] for r in rows if r["lr"] == lr)),
-                    pick_by("validation", "loss")([r | {"validation": -r["validation"]} for r in rows])[1]),
-      "the largest loss is chosen: the smallest is the best")],
-    draw=draw_rows)
+     (lambda rows: pick_by("validation", "loss")([r | {"validation": -r["validation"]} for r in rows]),
+      "the largest loss is chosen: the smallest is the best"),
+     (lambda rows: pick_by("validation", "loss")([r for r in rows if r["seed"] == min(x["seed"] for x in rows)]),
+      "only the runs of one seed are looked at: take the mean over all seeds"),
+     (pick_by("validation", "loss", statistics.median),
+      "the rate is chosen by the median over the seeds: the mean is asked for"),
+     (middle, "the score is the median over the seeds: report the mean"),
+     (pick_by("validation", "loss", sum), "a sum over the seeds grows with their number: take the mean"),
+     (pick_by("validation", "loss", max), "that chooses by the worst seed of each learning rate: take the mean"),
+     (lambda rows: (fair(rows)[0], sum(r["loss"] for r in rows if r["lr"] == fair(rows)[0])),
+      "the score is the sum over the seeds: divide by their number"),
+     (lambda rows: (fair(rows)[0], statistics.fmean(r["loss"] for r in rows)),
+      "the score is the mean over all rates: take the rows of the chosen rate alone")],
+    draw=draw_rows,
+    situations=[(lambda rows: len({sum(r["lr"] == lr for r in rows) for lr in {r["lr"] for r in rows}}) > 1,
+                 "the learning rates have different numbers of seeds")])
 
 
 def u_curve(seed: int) -> tuple[list[float], list[float]]:
@@ -130,7 +149,16 @@ bottom = Exercise(
      (lambda rates, losses: 1 / vertex(rates, losses),
       "the sign is lost: the vertex of a x^2 + b x + c lies at -b / 2a"),
      (lambda rates, losses: vertex(rates, losses) ** 2, "the 2 is lost: the vertex of a x^2 + b x + c lies at -b / 2a"),
-     (lambda rates, losses: min(losses), "that is a loss; the question is at which rate it is least")],
+     (lambda rates, losses: min(losses), "that is a loss; the question is at which rate it is least"),
+     (lambda rates, losses: statistics.fmean(rates),
+      "that is the mean of the rates; the losses say where the bottom is"),
+     (lambda rates, losses: math.sqrt(rates[0] * rates[2]),
+      "that is the middle of the outer rates; the losses say where the bottom is"),
+     (lambda rates, losses: math.log10(vertex(rates, losses)), "that is the logarithm of the rate: 10 to that power"),
+     (lambda rates, losses: 10 ** math.log(vertex(rates, losses)),
+      "log goes with exp, log10 with 10 ** x: one of each"),
+     (lambda rates, losses: math.exp(math.log10(vertex(rates, losses))),
+      "log10 goes with 10 ** x, log with exp: one of each")],
     tolerance=1e-4, draw=draw_curve)
 
 
@@ -139,8 +167,10 @@ def three_losses(seed: int) -> tuple[float, float, float]:
 
 
 def draw_losses(number: int) -> tuple[float, float, float]:
+    """Now and then LoRA ends above the base, or below full fine-tuning."""
     base = random.uniform(2, 6)
-    return base, random.uniform(0.1, 1.5), random.uniform(0.1, 1.5)
+    full = random.uniform(0.1, 1.5)
+    return base, (random.uniform(0.1, 1.5), base * random.uniform(1.05, 1.5), full * 0.7, base)[number % 4], full
 
 
 benefit = Exercise(
@@ -156,5 +186,19 @@ benefit = Exercise(
      (lambda base, lora, full: (lora - base) / (base - full),
       "the sign is wrong: a loss below the base's is a benefit"),
      (lambda base, lora, full: min(1.0, (base - lora) / (base - full)),
-      "do not cap it: LoRA may get more than full fine-tuning, and then the share is above 1")],
-    draw=draw_losses)
+      "do not cap it: LoRA may get more than full fine-tuning, and then the share is above 1"),
+     (lambda base, lora, full: max(0.0, (base - lora) / (base - full)),
+      "do not cut it off at 0: LoRA may end above the base, and then the benefit is negative"),
+     (lambda base, lora, full: min(1.0, max(0.0, (base - lora) / (base - full))),
+      "do not cut it off: below 0 LoRA did harm, above 1 it got more than full fine-tuning"),
+     (lambda base, lora, full: abs(base - lora) / abs(base - full),
+      "abs hides a loss that rose: LoRA may end above the base, and then the benefit is negative"),
+     (lambda base, lora, full: 100 * (base - lora) / (base - full), "that is in percent; the share is from 0 to 1"),
+     (lambda base, lora, full: base - lora, "that is LoRA's fall; divide it by the fall of full fine-tuning"),
+     (lambda base, lora, full: (base - lora) / full,
+      "divide by the fall of full fine-tuning, base - full, not by full"),
+     (lambda base, lora, full: round((base - lora) / (base - full), 2), "do not round: give the share as it is")],
+    draw=draw_losses,
+    situations=[(lambda base, lora, full: lora > base, "LoRA ends above the base: the benefit is negative"),
+                (lambda base, lora, full: lora < full, "LoRA ends below full fine-tuning: the benefit is above 1"),
+                (lambda base, lora, full: lora == base, "LoRA stays at the base's loss")])

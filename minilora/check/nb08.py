@@ -40,7 +40,14 @@ merged_once = Exercise("merged_once", merged_reference, draw_factors, [
     (lambda W, A, B, s: (s * (B @ A)).to(W.dtype), "this is the update alone; the merged weight holds W too"),
     (lambda W, A, B, s: W.add_(s * (B @ A)),
      "this changes W in place; W is the base's, and unmerging needs it"),
-], tolerance=0)
+    (lambda W, A, B, s: (W.float() + s * s * (B @ A)).to(W.dtype), "the scaling counts once"),
+    (lambda W, A, B, s: (W.float() + s / len(A) * (B @ A)).to(W.dtype),
+     "scaling is alpha / r already: do not divide by r once more"),
+    (lambda W, A, B, s: (W.float() + s * (B @ A)).to(torch.bfloat16),
+     "the result takes W's dtype, which need not be bf16: .to(W.dtype)"),
+    (lambda W, A, B, s: (W.float() + s * (B @ A)).half(), "the result takes W's dtype, which need not be fp16"),
+], tolerance=0, situations=[(lambda W, A, B, s: W.dtype == torch.bfloat16, "W is in bf16"),
+                            (lambda W, A, B, s: W.dtype == torch.float16, "W is in fp16")])
 
 
 def gap_reference(w: float, bits: int) -> float:
@@ -49,14 +56,17 @@ def gap_reference(w: float, bits: int) -> float:
 
 
 def draw_weight(number: int) -> tuple[float, int]:
-    return random.choice((-1, 1)) * 2.0 ** random.uniform(-12, 12), random.choice((7, 10, 23, 3, 52))
+    """Every other one is a power of two."""
+    power = random.uniform(-12, 12) if number % 2 else random.randint(-12, 12)
+    return random.choice((-1, 1)) * 2.0 ** power, random.choice((7, 10, 23, 3, 52))
 
 
 def floor_log(w: float) -> int:
     return math.floor(math.log2(abs(w)))
 
 
-gap = Exercise("gap", gap_reference, lambda seed: ((0.8, -3.0, 1.3, 0.01)[seed], (7, 10, 23, 7)[seed]), [
+gap = Exercise("gap", gap_reference, lambda seed: ((0.8, -3.0, 1.3, 0.01, 1.0, -4.0)[seed],
+                                                   (7, 10, 23, 7, 10, 7)[seed]), [
     (lambda w, bits: 2.0 ** (floor_log(w) - bits - 1),
      "this is half the gap: the most that rounding can be off. `bits` counts the stored digits; the first is extra"),
     (lambda w, bits: 2.0 ** -bits, "the gap grows with the number: 2^-bits is the one between 1 and 2 alone"),
@@ -73,10 +83,27 @@ gap = Exercise("gap", gap_reference, lambda seed: ((0.8, -3.0, 1.3, 0.01)[seed],
     (lambda w, bits: 2.0 ** (math.floor(math.log2(w)) - bits), "a weight may be negative: take the size of w first"),
     (lambda w, bits: 10.0 ** (math.floor(math.log10(abs(w))) - bits), "the digits are binary: powers of 2, not of 10"),
     (lambda w, bits: 2.0 ** floor_log(w), "this is the power of two below |w|; its last digit is 2^bits times finer"),
-], draw=draw_weight)
+    (lambda w, bits: 2.0 ** (floor_log(w) - bits + 1),
+     "this is twice the gap: it takes the power of two above |w| (math.frexp gives that one), not the one below"),
+    (lambda w, bits: 2.0 ** (math.ceil(math.log2(abs(w))) - 1 - bits),
+     "a power of two is itself the power of two below: ceil - 1 is one too low there, floor is right"),
+    (lambda w, bits: 2.0 ** (math.floor(math.log(abs(w))) - bits), "math.log has the base e; the digits are binary: "
+                                                                   "math.log2"),
+    (lambda w, bits: math.ulp(w), "math.ulp is the gap of Python's own numbers, with 52 digits after the first"),
+    (lambda w, bits: math.copysign(2.0 ** (floor_log(w) - bits), w), "a distance has no sign"),
+], rounds=6, draw=draw_weight,
+    situations=[(lambda w, bits: w < 0, "w is negative"), (lambda w, bits: math.frexp(abs(w))[0] == 0.5,
+                                                           "w is a power of two: there the gap above counts"),
+                (lambda w, bits: abs(w) < 1, "w is smaller than 1"), (lambda w, bits: abs(w) >= 1, "w is 1 or more"),
+                (lambda w, bits: bits != 52, "the format is coarser than Python's own numbers")])
 
 
 def draw_update(seed: int) -> tuple[Tensor, Tensor]:
+    """The last two: a sum that is half a gap only if the update is rounded before it."""
+    if seed > 3:
+        digits = (7, 10)[seed % 2]  # of the dtype, after the first
+        half_a_gap = 2.0 ** (torch.randint(-2, 3, (6, 5)) - digits - 1)  # of W below
+        return (half_a_gap * 2 ** (digits + 1)).to(HALF[seed % 2]), half_a_gap * (1 + 2.0 ** (-digits - 2))
     W = torch.randn(11 + seed, 13).to(HALF[seed % 2])
     return W, torch.randn(11 + seed, 13) * (0.003, 0.0005, 0.05, 0.002)[seed]
 
@@ -114,17 +141,33 @@ swallowed = Exercise("swallowed", swallowed_reference, draw_update, [
      "nothing here is rounded to W's dtype: bring the sum down to it, then see what arrived"),
     (lambda W, delta: ((delta.to(W.dtype).float() - delta).norm() / delta.norm()).item(),
      "this rounds the update alone; it is the sum, far larger, that has to fit W's dtype"),
-], tolerance=1e-3, observe=lambda share, W, delta: 0.0 if is_number(share) and share < 1e-3 else share)
+    (lambda W, delta: (((W + delta.to(W.dtype)).float() - W.float() - delta).norm() / delta.norm()).item(),
+     "this rounds twice: the update comes down to W's dtype before the sum. Add in fp32, and round the sum"),
+    (by_arrival(lambda arrived, delta, W: (arrived - delta).abs().sum() / delta.abs().sum()),
+     "this adds absolute values; the length is the root of the sum of the squares: norm()"),
+    (by_arrival(lambda arrived, delta, W: ((arrived - delta) / delta).abs().mean()),
+     "this is the mean of the shares, weight by weight; the question is one length over the other"),
+    (by_arrival(lambda arrived, delta, W: (arrived - delta).abs().max() / delta.abs().max()),
+     "this takes the largest entries; the length counts all of them: norm()"),
+    (by_arrival(lambda arrived, delta, W: 100 * (arrived - delta).norm() / delta.norm()),
+     "that is in percent; the share is from 0 on"),
+], rounds=6, situations=[(lambda W, delta: W.dtype == torch.bfloat16, "W is in bf16"),
+                         (lambda W, delta: W.dtype == torch.float16, "W is in fp16")],
+   tolerance=1e-4, observe=lambda share, W, delta: 0.0 if is_number(share) and share < 1e-3 else share)
 
 
 def draw_visits(seed: int) -> tuple[nn.Linear, list[Tensor], Tensor]:
     d_in, d_out = 12 + seed, 15 - seed
-    return (nn.Linear(d_in, d_out, bias=False), [0.5 * torch.randn(d_out, d_in) for _ in range(3)],
+    return (nn.Linear(d_in, d_out, bias=seed % 2 == 1), [0.5 * torch.randn(d_out, d_in) for _ in range(3)],
             torch.randn(2 + seed, d_in))
 
 
+def through(layer, weight, x):
+    return x @ weight.T + (0 if layer.bias is None else layer.bias.detach())
+
+
 def served(layer, updates, x):
-    return [x @ (layer.weight.detach() + update).T for update in updates]
+    return [through(layer, layer.weight.detach() + update, x) for update in updates]
 
 
 @torch.no_grad()
@@ -143,7 +186,7 @@ def piles_up(restores: bool):
         sums = [layer.weight.detach() + sum(updates[:n + 1]) for n in range(len(updates))]
         if not restores:
             layer.weight.data = layer.weight.detach() + updates[0] + updates[1] + updates[2]
-        return [x @ W.T for W in sums]
+        return [through(layer, W, x) for W in sums]
     return serve
 
 
@@ -151,6 +194,20 @@ def leaves_the_last(layer, updates, x):
     outputs = served(layer, updates, x)
     layer.weight.data = layer.weight.detach() + updates[-1]
     return outputs
+
+
+def changes_updates(layer, updates, x):
+    outputs = served(layer, updates, x)
+    for update in updates:
+        update += layer.weight.detach()
+    return outputs
+
+
+def served_state(outputs, layer, updates, x):
+    kept = [layer.weight.detach(), *(() if layer.bias is None else (layer.bias.detach(),))]
+    return {"the outputs": list(outputs) if isinstance(outputs, (list, tuple)) else outputs,
+            "the bits of the weight": kept[0].view(torch.int32), "the bias": kept[1:],
+            "the updates afterwards": updates, "x afterwards": x}
 
 
 serve = Exercise("serve", served, draw_visits, [
@@ -163,8 +220,21 @@ serve = Exercise("serve", served, draw_visits, [
     (lambda layer, updates, x: [layer(x) for _ in updates], "these are the base's outputs: no update is in the weight"),
     (lambda layer, updates, x: [x @ update.T for update in updates],
      "these are the outputs of the updates alone: the weight belongs to the sum"),
-], in_place=True, observe=lambda outputs, layer, updates, x: {
-    "the outputs": list(outputs), "the bits of the weight": layer.weight.detach().view(torch.int32)})
+    (lambda layer, updates, x: [through(layer, update, x) for update in updates],
+     "the update has taken the weight's place: it is added to the weight"),
+    (lambda layer, updates, x: [x @ (layer.weight.detach() + update).T for update in updates],
+     "the layer's bias is left out: call the layer itself"),
+    (lambda layer, updates, x: served(layer, updates, x)[-1],
+     "this is the last output alone: collect one for each update"),
+    (lambda layer, updates, x: served(layer, [sum(updates)], x) * len(updates),
+     "all updates are in the weight at once: each customer has one of them"),
+    (lambda layer, updates, x: [through(layer, layer.weight.detach() - update, x) for update in updates],
+     "the update is added to the weight, not taken away"),
+    (lambda layer, updates, x: served(layer, updates, x)[::-1], "the outputs stand in the reverse order"),
+    (changes_updates, "the updates are changed in place: they belong to the customers, who come again"),
+], in_place=True, observe=served_state, situations=[
+    (lambda layer, updates, x: layer.bias is not None, "the layer has a bias"),
+    (lambda layer, updates, x: layer.bias is None, "the layer has no bias")])
 
 
 latency = Prediction("c", {

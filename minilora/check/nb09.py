@@ -19,7 +19,10 @@ def draw_batch(seed: int) -> tuple[Tensor, Tensor, dict[str, Adapter], list[str 
     d_in, d_out = 9 + seed, 14 - seed
     adapters = {"acme": draw_adapter(2, d_in, d_out, 2.0), "zen": draw_adapter(3, d_in, d_out, 0.5)}
     names = (["zen", None, "acme", "zen"], ["acme", "zen", "acme"], [None, "zen"],
-             ["zen", "zen", None, "acme", None])[seed]
+             ["zen", "zen", None, "acme", None], [None, None, None])[seed]
+    if random.random() < 0.5:
+        adapters["bolt"] = draw_adapter(1, d_in, d_out, 3.0)
+        names = [random.choice(("acme", "zen", "bolt", None)) for _ in range(2 + seed)]
     return torch.randn(len(names), 3 + seed, d_in), torch.randn(d_out, d_in), adapters, names
 
 
@@ -59,7 +62,23 @@ route = Exercise("route", routed, draw_batch, [
      "None is no key of the adapters: a row of that name goes through the base alone"),
     (by_row(lambda row, name, adapters, names: of(row, list(adapters.values())[names.index(name) % len(adapters)])),
      "the adapter is taken by its place: row i belongs to the adapter called names[i]"),
-], tolerance=1e-4)
+    (lambda x, W, adapters, names: routed(x, W, {k: (A, B, s / len(A)) for k, (A, B, s) in adapters.items()}, names),
+     "scaling is alpha / r already: do not divide by r once more"),
+    (by_row(lambda row, name, adapters, names: -of(row, adapters[name])), "the update is added, not taken away"),
+    (lambda x, W, adapters, names: routed(x, W, adapters, names)[:, -1:],
+     "only the last token is left: the result is (batch, T, d_out)"),
+    (by_row(lambda row, name, adapters, names: names.count(name) * of(row, adapters[name])),
+     "an adapter with two rows is added twice: once a row, to its own row alone"),
+    (lambda x, W, adapters, names: routed(x, W, adapters, [n if names.index(n) == i else None
+                                                           for i, n in enumerate(names)]),
+     "the second row of the same adapter goes without it"),
+    (by_row(lambda row, name, adapters, names: of(row, adapters[name])[:1].expand(len(row), -1)),
+     "the first token's update is given to all tokens of the row"),
+], rounds=5, tolerance=1e-4,
+    situations=[(lambda x, W, adapters, names: None in names, "a row has no adapter (None)"),
+                (lambda x, W, adapters, names: set(names) == {None}, "no row has an adapter"),
+                (lambda x, W, adapters, names: len(set(names)) < len(names), "two rows have the same adapter"),
+                (lambda x, W, adapters, names: len(set(names) - {None}) > 1, "the rows have different adapters")])
 
 
 def draw_parts(seed: int) -> list[tuple[float, float, Tensor, Tensor]]:
@@ -70,9 +89,10 @@ def draw_parts(seed: int) -> list[tuple[float, float, Tensor, Tensor]]:
 
 
 def summed(parts):
-    """The sum itself, and its halves by SVD."""
+    """The sum itself, and its halves by SVD, as far as they are needed."""
     U, S, Vh = torch.linalg.svd(sum(w * s * (B.double() @ A.double()) for w, s, A, B in parts), full_matrices=False)
-    return Vh.float(), (U * S).float()
+    R = sum(len(A) for w, s, A, B in parts)
+    return Vh[:R].float(), (U * S)[:, :R].float()
 
 
 def stacked(A_weight, B_weight):
@@ -82,8 +102,10 @@ def stacked(A_weight, B_weight):
 
 
 def product(result, parts):
+    """What the two make, and whether they are no larger than all parts together."""
     A, B = result
-    return B @ A
+    return {"the product B @ A": B @ A,
+            "the statement that R is at most the sum of the ranks": len(A) <= sum(len(A) for w, s, A, B in parts)}
 
 
 combine = Exercise("combine", summed, draw_parts, [
@@ -107,7 +129,19 @@ combine = Exercise("combine", summed, draw_parts, [
      "A comes first in the result, then B"),
     (lambda parts: sum(w * s * B @ A for w, s, A, B in parts),
      "this is the product; give the two matrices that make it, or nothing is thin any more"),
-], tolerance=1e-4, observe=product)
+    (lambda parts: (torch.eye(parts[0][2].shape[1]), sum(w * s * B @ A for w, s, A, B in parts)),
+     "one of the two is the whole sum and the other the identity: nothing is thin any more; stack the parts"),
+    (lambda parts: (torch.cat([A for w, s, A, B in parts]), torch.cat([s / w * B for w, s, A, B in parts], 1)),
+     "divided by the weight: each part is multiplied by its weight"),
+    (stacked(lambda w, s: 1, lambda w, s: abs(w) * s), "a weight may be negative: no abs"),
+    (lambda parts: stacked(lambda w, s: 1, lambda w, s: w * s / sum(p[0] for p in parts))(parts),
+     "the weights need not add up to 1: do not divide by their sum"),
+    (lambda parts: stacked(lambda w, s: 1, lambda w, s: w * s)(parts[:1]), "only the first part is in it"),
+    (lambda parts: stacked(lambda w, s: 1, lambda w, s: w * s)(parts[:2]), "only the first two parts are in it"),
+], situations=[(lambda parts: any(p[0] < 0 for p in parts), "a weight is negative"),
+               (lambda parts: len(parts) > 2, "there are more than two parts"),
+               (lambda parts: len(parts) == 2, "there are two parts")],
+   tolerance=1e-4, observe=product)
 
 HERE = "6d133aa7ec5e-3ba2729cc6db"
 FOUND = (HERE, "6d133aa7ec5e-0123456789ab", "0123456789ab-3ba2729cc6db", None)
@@ -115,7 +149,9 @@ FOUND = (HERE, "6d133aa7ec5e-0123456789ab", "0123456789ab-3ba2729cc6db", None)
 
 def draw_fingerprints(number: int) -> tuple[str | None, str]:
     shape, weights, other = (f"{random.getrandbits(48):012x}" for _ in range(3))
-    return (random.choice((f"{shape}-{weights}", f"{shape}-{other}", f"{other}-{weights}", f"{other}-{shape}", None)),
+    near = shape[:8] + other[8:]  # begins alike
+    return (random.choice((f"{shape}-{weights}", f"{shape}-{other}", f"{other}-{weights}", f"{other}-{shape}", None,
+                           f"{near}-{weights}", f"{shape}-{weights[:8]}{other[8:]}", f"{weights}-{shape}")),
             f"{shape}-{weights}")
 
 
@@ -151,7 +187,23 @@ compare_bases = Exercise("compare_bases", compared, lambda seed: (FOUND[seed], H
      "the same architecture is not yet the same base: the part after the dash must agree too"),
     (lambda adapter, model: answers()("-".join(adapter.split("-")), model),
      "adapter may be None, which has no parts to split: look for that first"),
-], draw=draw_fingerprints)
+    (lambda adapter, model: "not said" if adapter is None else "same" if adapter == model else
+     "other weights" if adapter[:8] == model[:8] else "other architecture",
+     "the beginning is not the whole part: compare all that stands before the dash"),
+    (lambda adapter, model: "not said" if adapter is None else "same" if adapter == model else
+     "other weights" if adapter.split("-")[0] in model else "other architecture",
+     "the first part must equal the first part: it may stand in the other's second"),
+    (lambda adapter, model: "not said" if adapter is None else "same" if set(adapter.split("-")) ==
+     set(model.split("-")) else answers()(adapter, model), "the order of the parts counts: architecture comes first"),
+    (lambda adapter, model: "not said" if adapter is None else "same" if adapter.split("-")[1] == model.split("-")[1]
+     else answers()(adapter, model), "equal weights do not make it the same: the architecture must agree too"),
+    (answers(same="other weights"), "both parts agree there: it is the same base"),
+], draw=draw_fingerprints,
+    situations=[(lambda adapter, model: adapter is None, "the adapter does not say (None)"),
+                (lambda adapter, model: adapter == model, "both are the same"),
+                (lambda adapter, model: bool(adapter) and adapter.split("-")[0] != model.split("-")[0],
+                 "the part before the dash differs: other architecture"),
+                (lambda adapter, model: bool(adapter) and adapter != model, "the fingerprints differ")])
 
 
 def draw_scores(seed: int) -> tuple[dict, str, dict, float]:
@@ -169,11 +221,13 @@ def draw_scores(seed: int) -> tuple[dict, str, dict, float]:
 
 
 def draw_any_scores(number: int) -> tuple[dict, str, dict, float]:
+    """The scores are in no order."""
     kinds, bases, floor = ("tone", "ticket", "policy", "style"), ("v1", "v2", "v3"), random.choice((0.5, 0.7, 0.9))
     names = random.sample(("tone", "night", "legal", "acme", "zen", "ticket"), random.randint(2, 5))
     home = {name: random.choice(kinds) for name in names}
-    scores = {(base, name, kind): random.choice((floor, round(random.random(), 2), 0.95))
+    scores = {(base, name, kind): random.choice((floor, 0.95, *(round(floor * random.random(), 2) for _ in range(5))))
               for base in bases for name in names for kind in kinds if random.random() < 0.85}
+    scores = dict(random.sample([*scores.items()], len(scores)))
     return scores, random.choice(bases), home, floor
 
 
@@ -195,11 +249,11 @@ may_ship = Exercise("may_ship", shipped, draw_scores, [
      "an adapter that nobody has tried on this base passes: no score is no pass"),
     (gate(lambda scores, base, a, home, floor: scores.get((base, a, home[a]), 0.0) > floor),
      "a score that equals the floor is enough: >= in place of >"),
-    (gate(lambda scores, base, a, home, floor: max(scores.get((b, a, home[a]), 0.0) for b in ("v1", "v2")) >= floor),
+    (gate(lambda scores, base, a, home, floor: max(scores.get((b, a, home[a]), 0.0) for b, *_ in scores) >= floor),
      "a good score on another base does not count: look at this one"),
     (gate(lambda scores, base, a, home, floor: scores.get(("v1", a, home[a]), 0.0) >= floor),
      "the scores are those of v1, whatever base is asked for"),
-    (gate(lambda scores, base, a, home, floor: max(scores.get((base, a, t), 0.0) for t in tasks(home)) >= floor),
+    (gate(lambda scores, base, a, home, floor: max(scores.get((base, a, t), 0.0) for *_, t in scores) >= floor),
      "a good score on another task does not count: look at the adapter's own, home[adapter]"),
     (gate(lambda scores, base, a, home, floor: min(scores.get((base, a, t), 0.0) for t in tasks(home)) >= floor),
      "no adapter is good at every task: it has to be at its own, home[adapter]"),
@@ -209,18 +263,40 @@ may_ship = Exercise("may_ship", shipped, draw_scores, [
      "these are the ones that fail"),
     (gate(lambda scores, base, a, home, floor: scores[base, a, home[a]] >= floor),
      "a score may be missing: scores.get, and no score is no pass"),
-], draw=draw_any_scores)
+    (gate(lambda scores, base, a, home, floor: scores.get((base, a, home[a]), 0.0) >= 0.9),
+     "the bar is floor, the argument, which need not be 0.9"),
+    (gate(lambda scores, base, a, home, floor: bool(scores.get((base, a, home[a])))),
+     "a score above 0 is not enough: it must be at least floor"),
+    (lambda scores, base, home, floor: [a for (b, a, t), s in scores.items()
+                                        if b == base and home[a] == t and s >= floor],
+     "give them in the order of home, not in the order of the scores"),
+    (lambda scores, base, home, floor: sorted(shipped(scores, base, home, floor)),
+     "give them in the order of home: do not sort the names"),
+    (lambda scores, base, home, floor: sorted(shipped(scores, base, home, floor),
+                                              key=lambda a: -scores[base, a, home[a]]),
+     "give them in the order of home, not the best first"),
+    (lambda scores, base, home, floor: {a: home[a] for a in shipped(scores, base, home, floor)},
+     "give a list of names, not a dict"),
+], rounds=2, draw=draw_any_scores,
+    situations=[(lambda scores, base, home, floor: any((base, a, t) not in scores for a, t in home.items()),
+                 "nobody has measured an adapter on this base"),
+                (lambda scores, base, home, floor: any(scores.get((base, a, t)) == floor for a, t in home.items()),
+                 "a score is exactly floor, which is enough"),
+                (lambda scores, base, home, floor: floor != 0.9, "floor is not 0.9"),
+                (lambda scores, base, home, floor: base != "v1", "the base is not v1"),
+                (lambda scores, base, home, floor: shipped(scores, base, home, floor) == [], "no adapter passes"),
+                (lambda scores, base, home, floor: len(shipped(scores, base, home, floor)) > 1, "several pass")])
 
 
-another_version = Prediction("d", {
-    "a": "The shapes fit, and nothing in A and B says which weights they were made for. Somebody has to write it down "
-         "beside them, and somebody to look.",
+another_version = Prediction("a", {
+    "a": "The shapes fit, most answers are right, and some that were are no longer. It takes a test to see it, or a "
+         "fingerprint.",
     "b": "Most of what the adapter corrects is still there, but not all of it: some answers that were right are no "
          "longer.",
     "c": "So it is on random weights, the control. This base has gone only a little way, and most of what the adapter "
          "corrects is still there.",
-    "d": "The shapes fit, most answers are right, and some that were are no longer. It takes a test to see it, or a "
-         "fingerprint.",
+    "d": "The shapes fit, and nothing in A and B says which weights they were made for. Somebody has to write it down "
+         "beside them, and somebody to look.",
 })
 
 adding_factors = Prediction("c", {

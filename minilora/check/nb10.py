@@ -7,13 +7,13 @@ import torch
 
 from . import Exercise, Prediction
 
-rounding = Prediction("c", {
-    "a": "A model is not a program, in which one wrong bit ends everything: each output is a sum over hundreds of "
-         "weights, and most of the rounding errors in it cancel.",
+rounding = Prediction("a", {
+    "a": "Rounding errors go up as often as down, so they mostly cancel in the sums over hundreds of weights, and the "
+         "right word leads by more than what is left of them.",
     "b": "The error of the weights is not the error of the replies. Errors of many weights, as often up as down, "
          "cancel in a sum, and a reply changes only if another word overtakes the right one.",
-    "c": "Rounding errors go up as often as down, so they mostly cancel in the sums over hundreds of weights, and the "
-         "right word leads by more than what is left of them.",
+    "c": "A model is not a program, in which one wrong bit ends everything: each output is a sum over hundreds of "
+         "weights, and most of the rounding errors in it cancel.",
     "d": "Rounding can move a few replies either way, but it knows nothing about the task: it cannot make a model "
          "better by more than chance.",
 })
@@ -87,9 +87,15 @@ def values_of(weight, levels, block):
     return levels[codes], top
 
 
+def shaped(form):
+    """The right codes and absmax in a wrong form."""
+    return lambda weight, levels, block: form(*one_by_one(weight, levels, block), block)
+
+
 def codes_and_tops(result, *arguments):
+    """The codes may be of any whole dtype."""
     codes, top = result
-    return {"codes": codes.flatten() if codes.is_floating_point() else codes.flatten().long(), "absmax": top.flatten()}
+    return {"the tensor of codes": codes if codes.is_floating_point() else codes.long(), "the absmax": top}
 
 
 quantise = Exercise(
@@ -107,7 +113,24 @@ quantise = Exercise(
      (with_tops(absmax, lambda x, levels: torch.searchsorted(levels, x)),
       "that is the level above the weight; the nearest may be the one below"),
      (strided, "a block is a run of neighbouring weights: view(-1, block), one block a row"),
-     (values_of, "these are the levels themselves: a code is the number of the level, from 0 on")],
+     (values_of, "these are the levels themselves: a code is the number of the level, from 0 on"),
+     (shaped(lambda codes, top, block: (codes, top[:, None])),
+      "absmax has one dimension, (n / block,): here keepdim has left a second"),
+     (shaped(lambda codes, top, block: (codes.view(-1, block), top)),
+      "the codes are flat, (n,), as the weights are: flatten() at the end"),
+     (shaped(lambda codes, top, block: (codes.view(-1, block), top[:, None])),
+      "both are flat: codes (n,) and absmax (n / block,); here they have two dimensions"),
+     (shaped(lambda codes, top, block: (top, codes)), "the codes come first, then absmax"),
+     (shaped(lambda codes, top, block: (codes + 1, top)), "a code is the number of the level, from 0 on"),
+     (shaped(lambda codes, top, block: (codes, 1 / top)), "these are the factors 1 / absmax: give absmax itself"),
+     (with_tops(lambda blocks: blocks.abs().mean(1, keepdim=True)),
+      "divided by the mean magnitude: the largest must come to 1, so divide by the largest magnitude"),
+     (with_tops(lambda blocks: blocks.norm(dim=1, keepdim=True)),
+      "divided by the block's length: the largest must come to 1, so divide by the largest magnitude"),
+     (with_tops(absmax, lambda x, levels: ((x + 1) / 2 * (len(levels) - 1)).round().long()),
+      "this takes the levels for evenly spaced: look for the nearest of the levels that you are given"),
+     (with_tops(lambda blocks: (blocks.amax(1, keepdim=True) - blocks.amin(1, keepdim=True)) / 2),
+      "half the range is not the largest magnitude: abs().amax()")],
     observe=codes_and_tops, draw=draw_blocks)
 
 
@@ -132,7 +155,15 @@ pack = Exercise(
       "the first code is lost: a byte has 8 bits, so moved up by 8 it falls out at the top; move it by 4"),
      (lambda codes: codes[::2].long() * 16 + codes[1::2],
       "the numbers are right, but in int64 each takes 8 bytes: the result must be uint8"),
-     (lambda codes: codes, "that is still one code a byte; the result is half as long")])
+     (lambda codes: codes, "that is still one code a byte; the result is half as long"),
+     (lambda codes: codes[::2] * 10 + codes[1::2], "decimal digits are no halves of a byte: times 16, not 10"),
+     (lambda codes: codes[::2] << 4, "the second code of each pair is missing: it goes into the low half"),
+     (lambda codes: (codes[::2] << 4) & codes[1::2], "& keeps the bits that both have: | or + puts them together"),
+     (lambda codes: (codes[::2].int() * 16 + codes[1::2]).to(torch.int8),
+      "int8 goes from -128 to 127, and a byte of two codes to 255: the result must be uint8"),
+     (lambda codes: codes[:-1] * 16 + codes[1:], "the pairs overlap: codes 0 and 1, then 2 and 3"),
+     (lambda codes: (codes[::2].int() * 16 + codes[1::2]).float(),
+      "a byte is a whole number: the result must be uint8")])
 
 
 def draw_sizes(seed: int) -> tuple:
@@ -160,5 +191,64 @@ bits_a_weight = Exercise(
      (lambda c, b, a, s: c + a / b + 4 / (b * s), "the scale is counted in bytes: 4 bytes are 32 bits"),
      (lambda c, b, a, s: (c + a / b + 32 / (b * s)) / 8, "these are bytes; the question is how many bits"),
      (lambda c, b, a, s: c + a + 32,
-      "a block's absmax is stored once, so each weight of the block bears a part of it")],
+      "a block's absmax is stored once, so each weight of the block bears a part of it"),
+     (lambda c, b, a, s: a / b + 32 / (b * s), "these are the constants alone; the codes take bits too"),
+     (lambda c, b, a, s: c + a / b + 32 / b, "a scale of 32 bits for every block: it is shared by absmax_block blocks"),
+     (lambda c, b, a, s: c + a / b + 16 / (b * s), "a scale has 32 bits, not 16"),
+     (lambda c, b, a, s: float(round(c + a / b + 32 / (b * s), 2)), "do not round: give all digits"),
+     (lambda c, b, a, s: float(c + a // b + 32 // (b * s)), "// cuts the parts of a bit off: use /")],
     observe=lambda result, *_: float(result), draw=draw_any_sizes)
+
+
+def draw_packed(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    block, blocks = (64, 16, 32, 8)[seed % 4], 3 + seed
+    levels = (torch.rand(16) * 2 - 1).sort().values
+    return (torch.randint(0, 256, (blocks * block // 2,)).to(torch.uint8), torch.rand(blocks) + 0.5, levels, block)
+
+
+def read_back(packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, block: int) -> torch.Tensor:
+    """Digit by digit of the bytes in hexadecimal."""
+    digits = bytes(packed.tolist()).hex()
+    return torch.stack([levels[int(digit, 16)] * absmax[i // block] for i, digit in enumerate(digits)])
+
+
+def halves(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (packed >> 4).long(), (packed & 15).long()
+
+
+def of_codes(codes):
+    """The mistake that takes the codes out of the bytes in this way, (high, low) -> (n,)."""
+    return lambda packed, absmax, levels, block: (
+        levels[codes(*halves(packed))].view(-1, block) * absmax[:, None]).flatten()
+
+
+def with_values(values):
+    """The mistake that makes values of the right levels, (n / block, block), and of absmax."""
+    def wrong(packed, absmax, levels, block):
+        codes = torch.stack(halves(packed), 1).flatten()
+        return values(levels[codes].view(-1, block), absmax).flatten()
+    return wrong
+
+
+restore = Exercise("restore", read_back, draw_packed, [
+    (of_codes(lambda high, low: torch.stack((low, high), 1).flatten()),
+     "the halves are exchanged: the first of two codes is in the high half"),
+    (of_codes(lambda high, low: torch.cat((high, low))),
+     "all high halves come first here: the two codes of a byte are neighbours"),
+    (with_values(lambda values, absmax: values),
+     "the absmax is missing: each level is multiplied by that of its block"),
+    (with_values(lambda values, absmax: values / absmax[:, None]),
+     "multiply by the absmax: dividing was the way there"),
+    (with_values(lambda values, absmax: values * absmax.max()),
+     "one absmax for all: each block is multiplied by its own"),
+    (with_values(lambda values, absmax: values.flatten().view(len(absmax), -1) * absmax.flip(0)[:, None]),
+     "the blocks' absmax stand in the reverse order"),
+    (lambda packed, absmax, levels, block: (
+        torch.stack(halves(packed), 1).flatten().view(-1, block) * absmax[:, None]).flatten(),
+     "these are the codes times the absmax: a code is the number of a level, so look the level up"),
+    (lambda packed, absmax, levels, block: read_back(packed, absmax, levels, block).view(-1, block),
+     "the weights are flat, (n,): flatten() at the end"),
+    (lambda packed, absmax, levels, block: read_back(packed, absmax, levels, block)[::2],
+     "only every other weight is there: a byte holds two codes"),
+], situations=[(lambda packed, absmax, levels, block: block == 64, "a block has 64 weights"),
+               (lambda packed, absmax, levels, block: block != 64, "a block has another size than 64")])

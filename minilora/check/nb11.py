@@ -53,8 +53,19 @@ gpt_parameters = Exercise("gpt_parameters", every_tensor, draw_decoder, [
     (lambda n, d, v, c: every_tensor(n, d, v, c) - 9 * d * n,
      "the biases of the linears are missing: 4 d in attention, 4 d + d in the MLP"),
     (lambda n, d, v, c: every_tensor(n, d, v, c) - 2 * d * d * n,
-     "attention has four matrices: q, k, v and the output")],
-    draw=draw_any_decoder)
+     "attention has four matrices: q, k, v and the output"),
+    (lambda n, d, v, c: every_tensor(n, d, v, c) - v * d, "the token table is missing"),
+    (lambda n, d, v, c: every_tensor(n, d, v, c) - 2 * d * n, "a layer has two norms, each with 2 d numbers"),
+    (lambda n, d, v, c: every_tensor(n, d, v, c) - 2 * d * n - d, "a norm has a bias as well as a weight, 2 d in all"),
+    (lambda n, d, v, c: every_tensor(n, d, v, c) - 3 * d * n, "the MLP's first bias has 4 d numbers, not d"),
+    (lambda n, d, v, c: every_tensor(1, d, v, c), "this is one layer; there are many"),
+    (lambda n, d, v, c: n * every_tensor(1, d, v, c),
+     "the tables and the last norm stand there once, not in every layer"),
+    (lambda n, d, v, c: every_tensor(n, d, v, c) - 4 * d * n,
+     "attention's four biases are missing, d for each of q, k, v and the output"),
+    (lambda n, d, v, c: every_tensor(n, d, v, c) - 5 * d * n, "the MLP's biases are missing: 4 d and d")],
+    draw=draw_any_decoder, situations=[(lambda n, d, v, c: n == 1, "there is one layer"),
+                                       (lambda n, d, v, c: n > 1, "there are several layers")])
 
 
 # (need, usable): fits, not, overlapping, exactly at the edge, inside, fits by a hair, not by a hair, the other edge
@@ -94,8 +105,26 @@ verdict = Exercise("verdict", judged, RANGES.__getitem__, [
     (lambda n, u: "fits" if n[0] + n[1] <= u[0] + u[1] else "does not fit",
      "the middles of two ranges settle nothing: where the ranges overlap it is too close to call"),
     (by(lambda n, u: n[1] <= u[0], lambda n, u: True),
-     "between the two sure cases there is a third: too close to call")],
-    rounds=len(RANGES), draw=draw_ranges)
+     "between the two sure cases there is a third: too close to call"),
+    (by(lambda n, u: n[0] > u[1], lambda n, u: n[1] <= u[0]), "the wrong way round: what is small fits"),
+    (by(lambda n, u: n[1] < u[0], lambda n, u: n[0] > u[1]),
+     "exactly as much as there is does fit: where need[1] equals usable[0] it is certain"),
+    (by(lambda n, u: n[1] <= u[0], lambda n, u: n[0] >= u[1]),
+     "exactly as much as there is may fit: where need[0] equals usable[1] it is too close to call"),
+    (by(lambda n, u: n[1] <= u[1], lambda n, u: n[1] > u[1]), "the least of both ranges is not looked at"),
+    (by(lambda n, u: n[0] <= u[0], lambda n, u: n[0] > u[0]), "the most of both ranges is not looked at"),
+    (by(lambda n, u: sum(n) <= sum(u), lambda n, u: n[0] > u[1]),
+     "the middles of two ranges settle nothing: it fits for sure only if need[1] <= usable[0]"),
+    (by(lambda n, u: n[1] <= u[0], lambda n, u: sum(n) > sum(u)),
+     "the middles of two ranges settle nothing: it cannot fit only if need[0] > usable[1]"),
+    (by(lambda n, u: n[1] - n[0] <= u[1] - u[0], lambda n, u: n[0] > u[1]),
+     "how wide the ranges are says nothing about what fits")],
+    rounds=len(RANGES), draw=draw_ranges,
+    situations=[(lambda n, u: n[1] == u[0], "the most that is needed is exactly the least that there is: it fits"),
+                (lambda n, u: n[0] == u[1], "the least that is needed is exactly the most that there may be: "
+                                            "too close to call"),
+                (lambda n, u: n[1] <= u[0], "it fits for sure"), (lambda n, u: n[0] > u[1], "it cannot fit"),
+                (lambda n, u: n[1] > u[0] and n[0] <= u[1], "the ranges overlap")])
 
 
 def draw_layer(seed: int) -> tuple:
@@ -131,16 +160,26 @@ revisit = Exercise("revisit", by_hand, draw_layer, [
      "the gradient of x alone: the adapter's A and B want theirs too"),
     (run_again(lambda y, fresh, grad: torch.autograd.grad(y, fresh[1:], grad)),
      "the gradient of x is missing: without it nothing reaches the layers below"),
-    (run_again(lambda y, fresh, grad: y), "that is the layer's output once more; its gradients are wanted")],
+    (run_again(lambda y, fresh, grad: y), "that is the layer's output once more; its gradients are wanted"),
+    (run_again(lambda y, fresh, grad: torch.autograd.grad(y, fresh, grad)[::-1]),
+     "the gradients stand in the reverse order: x, A, B"),
+    (run_again(lambda y, fresh, grad: torch.autograd.grad(y, fresh, y)),
+     "the output stands where grad belongs: what comes from above weighs every output"),
+    (run_again(lambda y, fresh, grad: torch.autograd.grad((y - grad).square().sum(), fresh)),
+     "grad is no target: it is the gradient of y already, and weighs every output"),
+    (run_again(lambda y, fresh, grad: [g / len(grad) for g in torch.autograd.grad(y, fresh, grad)]),
+     "divided by the rows: a mean is in grad already"),
+    (run_again(lambda y, fresh, grad: [g.detach() for g in fresh]),
+     "these are the inputs; their gradients are wanted")],
     recorded=False)
 
 
 def draw_store(seed: int) -> tuple[int, int, int]:
-    return (900, 40, 7000, 120)[seed % 4], (96, 12, 8, 33)[seed % 4], (1200, 30, 900, 121)[seed % 4]
+    return (900, 40, 7000, 120)[seed % 4], (96, 12, 3, 33)[seed % 4], (1200, 30, 900, 121)[seed % 4]
 
 
 def draw_any_store(number: int) -> tuple[int, int, int]:
-    return random.randint(10, 5000), random.randint(4, 100), random.randint(10, 9000)
+    return random.randint(10, 5000), random.choice((3, random.randint(4, 100))), random.randint(10, 9000)
 
 
 def played(layer: int, layers: int, head: int) -> tuple[int, int]:
@@ -174,5 +213,14 @@ streamed = Exercise("streamed", played, draw_store, [
     (turning(2), "one of three is missing: the last layer is there at the turn, and the first two are at the start"),
     (lambda w, n, h: (w + max(w, h), n * w + h), "backward visits the layers once more"),
     (lambda w, n, h: (w + max(w, h), 3 * n * w + h), "nothing is written back: a frozen weight only ever comes"),
-    (lambda w, n, h: (w + max(w, h), (2 * n - 3) * w), "the head passes over the bus too, once")],
-    draw=draw_any_store)
+    (lambda w, n, h: (w + max(w, h), (2 * n - 3) * w), "the head passes over the bus too, once"),
+    (lambda w, n, h: (w + max(w, h), (2 * n - 3) * w + 2 * h),
+     "the head comes once: it is the last forward and the first backward"),
+    (lambda w, n, h: (w + max(w, h), 2 * (n * w + h)),
+     "not everything is fetched twice: the head and the last layer are there at the turn, the first two at the start"),
+    (lambda w, n, h: ((2 * n - 3) * w + h, w + max(w, h)), "first what is held at once, then what is moved"),
+    (lambda w, n, h: (2 * w + h, (2 * n - 3) * w + h), "there are two slots, not three"),
+    (lambda w, n, h: (max(w, h), (2 * n - 3) * w + h), "while one computes, the next is on its way: two are held")],
+    draw=draw_any_store, situations=[(lambda w, n, h: h > w, "the head is larger than a layer"),
+                                     (lambda w, n, h: h <= w, "the head is no larger than a layer"),
+                                     (lambda w, n, h: n == 3, "there are three layers")])

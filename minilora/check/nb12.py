@@ -40,8 +40,23 @@ prepend = Exercise(
       "only the first row is left: every row of the batch gets the prompt (expand it to the batch)"),
      (repeated, "the text is gone: join the prompt and the text"),
      (lambda prompt, text: torch.cat((prompt, text), 1),
-      "the prompt has no batch dimension yet: expand it to (B, n, C) before you join")],
-)
+      "the prompt has no batch dimension yet: expand it to (B, n, C) before you join"),
+     (lambda prompt, text: torch.cat((repeated(prompt, text), text), 2),
+      "the prompt is joined along the width: tokens stand along dimension 1"),
+     (lambda prompt, text: torch.cat((repeated(prompt, text), text), 0),
+      "the prompt is joined along the batch: tokens stand along dimension 1"),
+     (lambda prompt, text: torch.cat((repeated(prompt, text).flip(1), text), 1),
+      "the prompt's tokens stand in the reverse order"),
+     (lambda prompt, text: torch.cat((prompt.mean(0).expand(len(text), len(prompt), -1), text), 1),
+      "every virtual token is the mean of them: put them in as they are"),
+     (lambda prompt, text: torch.cat((prompt[:1].expand(len(text), len(prompt), -1), text), 1),
+      "the first virtual token is repeated: all n of them stand before the text"),
+     (lambda prompt, text: torch.cat((repeated(prompt, text), text, repeated(prompt, text)), 1),
+      "the prompt stands before and after the text: before it alone"),
+     (lambda prompt, text: torch.cat((repeated(prompt, text)[:, :1], text), 1),
+      "one virtual token alone is put in: all n of them belong there")],
+    situations=[(lambda prompt, text: len(text) == 1, "the batch has one text"),
+                (lambda prompt, text: len(text) > 1, "the batch has several texts")])
 
 # ---------------------------------------------------------------- bottleneck
 
@@ -67,8 +82,15 @@ bottleneck = Exercise(
       "the gelu belongs inside the bottleneck, and h is added at the very end"),
      (lambda h, down, up: h + F.gelu(F.gelu(h @ down.T) @ up.T), "one gelu, between down and up: none after up"),
      (lambda h, down, up: h + F.gelu(h @ down.T, approximate="tanh") @ up.T,
-      "that is gelu's tanh approximation: F.gelu(x) as it stands is the exact one")],
-)
+      "that is gelu's tanh approximation: F.gelu(x) as it stands is the exact one"),
+     (lambda h, down, up: h + F.silu(h @ down.T) @ up.T, "that is silu: the nonlinearity asked for is gelu"),
+     (lambda h, down, up: h + torch.tanh(h @ down.T) @ up.T, "that is tanh: the nonlinearity asked for is gelu"),
+     (lambda h, down, up: h - F.gelu(h @ down.T) @ up.T, "the bottleneck's output is added, not taken away"),
+     (lambda h, down, up: F.gelu(h) + F.gelu(h @ down.T) @ up.T, "h is added as it is, without a gelu"),
+     (lambda h, down, up: 2 * h + F.gelu(h @ down.T) @ up.T, "h is added twice"),
+     (lambda h, down, up: h + (h @ down.T).sigmoid() @ up.T, "that is a sigmoid: the nonlinearity asked for is gelu"),
+     (lambda h, down, up: h * (F.gelu(h @ down.T) @ up.T), "the bottleneck's output is added to h, not multiplied"),
+     (lambda h, down, up: h + F.gelu(F.gelu(h) @ down.T) @ up.T, "one gelu, after down: none before it")])
 
 # ---------------------------------------------------------------- fold
 
@@ -92,8 +114,20 @@ fold = Exercise(
       "rows and columns are mixed up: an input's factor scales a column, an output's a row"),
      (lambda W, scale, at_input: W + folded(W, scale, at_input),
       "(IA)3 multiplies and adds nothing: return the scaled W, not W plus it"),
-     (lambda W, scale, at_input: W * scale.mean(), "one factor for all: each input or output has its own")],
-)
+     (lambda W, scale, at_input: W * scale.mean(), "one factor for all: each input or output has its own"),
+     (lambda W, scale, at_input: folded(W, scale, at_input).T, "the result is transposed: it is (d_out, d_in) as W is"),
+     (lambda W, scale, at_input: folded(W, scale**2, at_input), "the factors count once"),
+     (lambda W, scale, at_input: scale[:, None] * W * scale, "rows and columns are both scaled: one of them is, as "
+                                                             "at_input says"),
+     (lambda W, scale, at_input: W + (scale if at_input else scale[:, None]), "(IA)3 multiplies: it adds nothing"),
+     (lambda W, scale, at_input: W @ scale if at_input else scale @ W,
+      "this is a product with the vector, which adds up: scale every column or row and keep the matrix"),
+     (lambda W, scale, at_input: torch.diag(torch.diag(folded(W, scale, at_input))),
+      "only the diagonal is left: all of W is scaled"),
+     (lambda W, scale, at_input: W.mul_(scale) if at_input else W.mul_(scale[:, None]),
+      "this changes W in place: it is the base's")],
+    situations=[(lambda W, scale, at_input: at_input, "at_input is True"),
+                (lambda W, scale, at_input: not at_input, "at_input is False")])
 
 # ---------------------------------------------------------------- predictions
 

@@ -79,8 +79,29 @@ affordable_rank = Exercise("affordable_rank", largest_within, OFFERS.__getitem__
      "that is the last affordable one in the list; the largest is wanted, and the options come in any order"),
     (where(sound, lambda ranks: min(ranks, default=0)), "that is the smallest affordable rank; the largest is wanted"),
     (where(sound, max), "where no rank is affordable the answer is 0; max of nothing is an error"),
-    (where(sound, lambda ranks: max(ranks, default=None)), "where no rank is affordable the answer is 0, not None")],
-    rounds=len(OFFERS), draw=draw_offers)
+    (where(sound, lambda ranks: max(ranks, default=None)), "where no rank is affordable the answer is 0, not None"),
+    (where(sound, lambda ranks: max(ranks, default=1)), "where no rank is affordable the answer is 0, not 1"),
+    (where(sound, len), "that is how many ranks are affordable; the largest of them is wanted"),
+    (where(sound, lambda ranks: sorted(ranks)), "those are all affordable ranks; the largest of them is wanted"),
+    (lambda options, budget, usable: max([size for r, size, need in options if sound(size, budget, need, usable)],
+                                         default=0), "that is the size of a file; its rank is wanted"),
+    (lambda options, budget, usable: max([o[0] for o in options if sound(o[1], budget, o[2], usable)], default=-1),
+     "where no rank is affordable the answer is 0, not -1"),
+    (where(lambda s, b, n, u: s < b and n[1] <= u[0]), "a file of exactly the allowance is allowed: <=, not <"),
+    (where(lambda s, b, n, u: s <= b and n[1] < u[0]), "exactly as much as the card has does fit: <=, not <"),
+    (lambda options, budget, usable: next((r for r, s, n in sorted(options, reverse=True)[:1]
+                                           if sound(s, budget, n, usable)), 0),
+     "only the largest rank is tried; a smaller one may be affordable")],
+    rounds=len(OFFERS), draw=draw_offers,
+    situations=[(lambda options, budget, usable: largest_within(options, budget, usable) == 0,
+                 "no rank is affordable: the answer is 0"),
+                (lambda options, budget, usable: any(s == budget for r, s, n in options), "a file has exactly the "
+                                                                                          "allowance"),
+                (lambda options, budget, usable: any(n[1] == usable[0] for r, s, n in options),
+                 "a step needs at most exactly what the card has for sure"),
+                (lambda options, budget, usable: any(n[0] <= usable[0] < n[1] for r, s, n in options),
+                 "a step may fit, but not for sure"),
+                (lambda options, budget, usable: [*options] != sorted(options), "the ranks are in no order")])
 
 
 # traffic, a base's bytes, an adapter's, memory: one copy, none (the shared base fills it), all (no shared base needed,
@@ -154,8 +175,21 @@ merged_copies = Exercise("merged_copies", peel, HOUSES.__getitem__, [
     (most(held, order=sorted), "names sorted by name: sort them by their traffic"),
     (most(held, fits=lambda h, m: h < m), "exactly as much memory as there is does fit: <=, not <"),
     (most(held, give=lambda names, k: names[k:]), "those are the routed ones; who gets a copy?"),
-    (most(held, give=lambda names, k: k), "that is how many; give their names, the busiest first")],
-    rounds=len(HOUSES), draw=draw_house)
+    (most(held, give=lambda names, k: k), "that is how many; give their names, the busiest first"),
+    (most(held, give=lambda names, k: names[:k][::-1]), "the quietest of them comes first: the busiest first"),
+    (most(held, give=lambda names, k: sorted(names[:k])), "the right customers, but sorted by name: the busiest first"),
+    (most(held, give=lambda names, k: names[:k + 1]), "one more than fits: its copy overspends the memory"),
+    (most(lambda k, n, base, adapter: k * base + base + (n - k) * adapter - (adapter if k < n else base)),
+     "all others' adapters count: one is missing"),
+    (most(held, give=lambda names, k: names[:max(k, 1)]), "where no copy fits the list is empty")],
+    rounds=len(HOUSES), draw=draw_house,
+    situations=[(lambda traffic, b, a, m: peel(traffic, b, a, m) == [], "no copy fits"),
+                (lambda traffic, b, a, m: len(peel(traffic, b, a, m)) == len(traffic),
+                 "everybody gets a copy, so that no shared base is needed"),
+                (lambda traffic, b, a, m: held(len(peel(traffic, b, a, m)), len(traffic), b, a) == m,
+                 "the memory is used up exactly"),
+                (lambda traffic, b, a, m: 0 < len(peel(traffic, b, a, m)) < len(traffic),
+                 "some get a copy and the others share a base")])
 
 
 # right replies by candidate, the control, the margin: the test disagrees, nobody passes, exactly the margin, the first
@@ -237,5 +271,30 @@ accepted = Exercise("accepted", gate, SCORES.__getitem__, [
     (rule(by_validation, key=lambda s: 0), "that is the first one that passes; the best on validation is wanted"),
     (rule(by_validation, key=lambda s: -s["validation"]), "that is the worst one that passes; the best is wanted"),
     (rule(by_validation, others=False), "the control is there to be beaten: it cannot be accepted itself"),
-    (everyone, "those are all that pass; one name is wanted, the best on validation, or None")],
-    rounds=len(SCORES), draw=draw_any_scores)
+    (everyone, "those are all that pass; one name is wanted, the best on validation, or None"),
+    (lambda right, control, margin: gate(right, control, margin) or control,
+     "where nobody passes the answer is None, not the control"),
+    (lambda right, control, margin: gate(right, control, margin) or "",
+     "where nobody passes the answer is None, not an empty string"),
+    (lambda right, control, margin: gate(right, control, margin) and right[gate(right, control, margin)]["validation"],
+     "that is its score; the name is wanted"),
+    (rule(lambda s, c, m: abs(s["validation"] - c["validation"]) >= m, key=lambda s: -s["validation"]),
+     "a score far below the control passes too, and the lowest wins: no abs, and max"),
+    (rule(lambda s, c, m: s["validation"] - c["validation"] >= m or s["test"] - c["test"] >= m),
+     "the margin on the test file is enough here: validation alone decides"),
+    (rule(lambda s, c, m: s["validation"] >= c["validation"] + m, key=lambda s: s["validation"] - s["test"]),
+     "the best is the one with the highest validation score, not with the largest gap to the test file"),
+    (rule(lambda s, c, m: s["validation"] >= m + max(c.values())),
+     "the margin is above the control's validation score, whatever its test score is"),
+    (lambda right, control, margin: gate(right, "base" if "base" in right else control, margin),
+     "the control is the argument, whatever it is called")],
+    rounds=len(SCORES), draw=draw_any_scores,
+    situations=[(lambda right, control, margin: gate(right, control, margin) is None,
+                 "nobody passes: the answer is None"),
+                (lambda right, control, margin: any(s["validation"] == right[control]["validation"] + margin
+                                                    for n, s in right.items() if n != control),
+                 "a candidate has exactly the margin"),
+                (lambda right, control, margin: max(right, key=lambda n: right[n]["validation"]) == control,
+                 "the control is the best of all"),
+                (lambda right, control, margin: control != "base", "the control is not called base"),
+                (lambda right, control, margin: gate(right, control, margin) is not None, "a candidate passes")])

@@ -11,7 +11,8 @@ from . import Exercise, Prediction
 
 def draw_hidden(seed: int) -> tuple[Tensor, Tensor]:
     batch, length, width = 3 + seed, 7, 5
-    lengths = torch.randint(1, length, (batch,))  # a row at least is shorter than the batch
+    lengths = torch.randint(1, length + 1, (batch,))
+    lengths[seed % batch] = 3  # a row at least is shorter than the batch
     mask = torch.arange(length) < lengths[:, None]
     return torch.randn(batch, length, width), mask.long()
 
@@ -32,7 +33,19 @@ mean_pool = Exercise("mean_pool", pooled, draw_hidden, [
     (lambda h, m: h.masked_fill(m[..., None] == 0, -math.inf).amax(1), "this is the maximum; MiniLM takes the mean"),
     (lambda h, m: (h * m[..., None]).sum(2) / m.sum(1, keepdim=True),
      "this adds up the features of each word: the sum goes over the words, dimension 1"),
-])
+    (lambda h, m: h[torch.arange(len(h)), m.sum(1) - 1],
+     "this is the last word alone; MiniLM was trained with the mean"),
+    (lambda h, m: (h * (1 - m[..., None])).sum(1) / (1 - m).sum(1, keepdim=True).clamp(min=1),
+     "this is the mean over the padding: 1 marks a word, 0 the padding"),
+    (lambda h, m: torch.nn.functional.normalize(pooled(h, m), dim=1), "the mean is asked for, not scaled to length 1"),
+    (lambda h, m: pooled(h, m)[:, None], "one vector a ticket, (B, d): here keepdim has left a dimension"),
+    (lambda h, m: (h * m[..., None]).sum(1) / m.sum(1, keepdim=True).sqrt(),
+     "divided by the root of the number of words: by the number itself"),
+    (lambda h, m: (h * m[..., None]).sum(1) / (m.sum(1, keepdim=True) + 1),
+     "divided by one too many: by the number of words"),
+    (lambda h, m: pooled(h, m).mean(0, keepdim=True).expand(len(h), -1),
+     "this is the mean over the whole batch: each row has one of its own"),
+], situations=[(lambda h, m: bool(m.all()), "there is no padding"), (lambda h, m: not m.all(), "there is padding")])
 
 
 def draw_matrix(seed: int) -> tuple[Tensor]:
@@ -74,7 +87,15 @@ effective_share = Exercise("effective_share", by_entropy, draw_matrix, [
      "this is the participation ratio: another count, without an entropy"),
     (lambda W: int(torch.linalg.matrix_rank(W)) / min(W.shape),
      "this is the rank itself, which counts a direction however small it is"),
-])
+    (of_spectrum(lambda p, W: (-entropy(p)).exp() * len(p)),
+     "the sign is lost: -sum p log p is above 0, and its exponential counts"),
+    (of_spectrum(lambda p, W: 1 / p[0] / len(p)), "this is the sum over the largest one, another count"),
+    (of_spectrum(lambda p, W: 1 / p.square().max() * p.square().sum() / len(p)),
+     "this is the stable rank; the effective rank is the exponential of an entropy"),
+    (of_spectrum(lambda p, W: 2 ** entropy(p) / len(p)), "2 ** entropy goes with log2, exp with log"),
+], situations=[(lambda W: W.shape[0] > W.shape[1], "W is taller than wide"),
+               (lambda W: W.shape[0] < W.shape[1], "W is wider than tall"),
+               (lambda W: W.shape[0] != W.shape[1], "W is not square")])
 
 
 NAMES = ("encoder.layer.0.attention.self.query", "encoder.layer.11.output.dense", "pooler.dense", "q_proj")
@@ -103,14 +124,24 @@ peft_keys = Exercise("peft_keys", spelled, lambda seed: (NAMES[seed],), [
      "this keeps only the last part of the module's name, which every layer has"),
     (lambda m: [f"base_model.model.{m}.weight"],
      "this is the module's own weight; its two companions are lora_A and lora_B"),
-], draw=draw_name)
+    (lambda m: [f"model.base_model.{m}.lora_{x}.weight" for x in "AB"],
+     "the two wrappers are exchanged: base_model.model."),
+    (lambda m: [f"base_model.model.{m}.lora_{x}.weight" for x in "ab"], "A and B are capitals: lora_A, lora_B"),
+    (lambda m: f"base_model.model.{m}.lora_A.weight", "two names are wanted, in a list: lora_A's and lora_B's"),
+    (lambda m: [f"base_model.model.{m}.lora_A.weight"], "lora_B's name is missing"),
+    (lambda m: [f"base_model.model.{m}.weight.lora_{x}" for x in "AB"], ".weight stands at the end, behind lora_A"),
+    (lambda m: [f"base_model.model.model.{m}.lora_{x}.weight" for x in "AB"], "model once: base_model.model."),
+    (lambda m: [f"base_model.model.{m}.lora_{x}.weight" for x in "AB"] if m.count(".") else
+     [f"base_model.{m}.lora_{x}.weight" for x in "AB"], "a module at the top has the same two wrappers"),
+], draw=draw_name, situations=[(lambda m: "." not in m, "the module is at the top, without a dot"),
+                               (lambda m: "." in m, "the module lies deeper down")])
 
 
-beyond_the_probe = Prediction("b", {
-    "a": "Right on the tickets it has seen is not right on new words for the same thing. The probe can only weigh what "
-         "the frozen vectors say; LoRA changes what they say.",
-    "b": "A few thin corrections turn general vectors into vectors for this job, and moving all weights adds little to "
+beyond_the_probe = Prediction("a", {
+    "a": "A few thin corrections turn general vectors into vectors for this job, and moving all weights adds little to "
          "that: a strong base, and a moderate shift.",
+    "b": "Right on the tickets it has seen is not right on new words for the same thing. The probe can only weigh what "
+         "the frozen vectors say; LoRA changes what they say.",
     "c": "The adapters reach every linear of every layer. What they lack is rank, and this job needs little of it.",
     "d": "The base is frozen, the corrections are small, and the training is short. What it knows is all still there: "
          "take the adapter out and you have it back.",

@@ -8,6 +8,7 @@ A number, a string, True, False and None stand for themselves. All else is a lis
 
 import base64
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def encode(value: Any, arguments: tuple = ()) -> Any:
         return value if type(value) in (bool, str, type(None)) else str(value)
     if isinstance(value, int) and value.bit_length() > 4096:  # more digits than Python would write
         return ["other", "int", f"a whole number of {value.bit_length()} bits"]
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float, Fraction)):
         return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, (np.number, np.bool_)):
         return value.item()

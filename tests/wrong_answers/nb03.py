@@ -187,5 +187,5 @@ WRONG = {
         (at_least_one, "the answer is 0"), (strictly_below, "used up exactly"), (a_fraction, "a whole number"),
         (the_roomiest, "not the largest of the smallest sides"),
         (a_fraction_without_a_limit, "// in place of /; and it can be at most"),
-        (half_a_fraction, "a decimal number (5.")],
+        (half_a_fraction, "a rank is a whole number")],
 }

@@ -124,7 +124,7 @@ WRONG = {
         (grid_point, "the best of the three points"), (linear_rates, "spaced by factors"),
         (linear_losses, "the logarithm of the losses too"), (no_logarithm, "both of the rates and of the losses"),
         (not_back, "exp brings it back"), (plus, "the sign is lost"), (without_the_two, "the 2 is lost"),
-        (ten_to_the, "expected 0.00"), (mean_of_rates, "expected 0.00")],
+        (ten_to_the, "one of each"), (mean_of_rates, "the middle of the outer rates")],
     "benefit": [
         (ratio, "where both began"), (own_fall, "LoRA's own fall"), (upside_down, "upside down"),
         (lost, "that is lost"), (negative, "the sign is wrong"), (capped, "do not cap it")],

@@ -5,7 +5,7 @@ import torch
 
 def whole_tensor(weight, levels, block):
     top = weight.abs().max()
-    return ((weight / top)[:, None] - levels[None]).abs().min(1).indices, top
+    return ((weight / top)[:, None] - levels[None]).abs().min(1).indices, top[None]
 
 
 def signed_max(weight, levels, block):
@@ -33,7 +33,7 @@ def level_below(weight, levels, block):
 def level_above(weight, levels, block):
     rows = weight.reshape(-1, block)
     top = rows.abs().max(1, keepdim=True).values
-    return torch.bucketize(rows / top, levels), top
+    return torch.bucketize(rows / top, levels).flatten(), top.flatten()
 
 
 def every_so_many(weight, levels, block):
@@ -107,7 +107,43 @@ def not_shared(code_bits, block, absmax_bits, absmax_block):
     return code_bits + absmax_bits + 32
 
 
+def low_half_first(packed, absmax, levels, block):
+    codes = torch.stack((packed & 15, packed >> 4), dim=1).flatten()
+    return (levels[codes.long()].view(-1, block) * absmax[:, None]).flatten()
+
+
+def joined(packed, absmax, levels, block):
+    codes = torch.cat((packed >> 4, packed & 15))
+    return (levels[codes.int()].view(-1, block) * absmax[:, None]).flatten()
+
+
+def no_constants(packed, absmax, levels, block):
+    codes = torch.stack((packed // 16, packed % 16), dim=-1).view(-1)
+    return levels[codes.long()]
+
+
+def divided(packed, absmax, levels, block):
+    return no_constants(packed, absmax, levels, block) / absmax.repeat_interleave(block)
+
+
+def largest_of_all(packed, absmax, levels, block):
+    return absmax.amax() * no_constants(packed, absmax, levels, block)
+
+
+def no_lookup(packed, absmax, levels, block):
+    codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1, block)
+    return (codes * absmax[:, None]).reshape(-1)
+
+
+def always_64(packed, absmax, levels, block):
+    return no_constants(packed, absmax, levels, block) * absmax.repeat_interleave(64)
+
+
 WRONG = {
+    "restore": [
+        (low_half_first, "in the high half"), (joined, "are neighbours"), (no_constants, "the absmax is missing"),
+        (divided, "multiply by the absmax"), (largest_of_all, "by its own"), (no_lookup, "look the level up"),
+        (always_64, "another size than 64")],
     "quantise": [
         (whole_tensor, "the whole tensor"), (signed_max, "not the largest magnitude"), (by_std, "standard deviation"),
         (not_divided, "divide each weight"), (level_below, "the level below"), (level_above, "the level above"),

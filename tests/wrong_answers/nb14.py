@@ -92,7 +92,7 @@ WRONG = {
     "mean_pool": [
         (all_tokens, "the padding is averaged in"), (zeros_counted, "divided by the length of the batch"),
         (not_divided, "this is the sum"), (first_token, "the first token alone"),
-        (shared_count, "all words of the batch"), (last_token, "wrong in"), (wrong_broadcast, "raised RuntimeError")],
+        (shared_count, "all words of the batch"), (last_token, "the last word alone"), (wrong_broadcast, "raised RuntimeError")],
     "effective_share": [
         (bare_entropy, "this is the entropy"), (a_count, "divide by how many"), (of_the_larger, "not max"),
         (of_squares, "shares of the squares"), (rows, "divides by d_out"), (whole_rank, "this is the rank itself")],

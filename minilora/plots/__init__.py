@@ -13,11 +13,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation
 
-from .tables import wrapped
+from ..tables import wrapped
 
 if TYPE_CHECKING:
-    from .memory.bill import Bill
-    from .memory.fitting import Verdict
+    from ..memory.bill import Bill
+    from ..memory.fitting import Verdict
 
 SHADES = ("#111111", "#d1495b", "#30638e", "#9a8c2c", "#7d7d7d", "#8e44ad")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 2)))
