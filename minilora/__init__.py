@@ -32,7 +32,9 @@ _HOME = {
     "bank": ("AdapterBank",),
 }
 _ROOM = {name: room for room, names in _HOME.items() for name in names}
-__all__ = sorted(_ROOM)
+# written out, since a type checker does not reckon: the names of _ROOM
+__all__ = ["AdapterBank", "LoRAConfig", "LoRALayer", "fingerprint", "inject", "load_adapter", "lora_parameters",
+           "merge", "plan", "remove", "report", "save_adapter", "unmerge"]
 
 
 def __getattr__(name: str):

@@ -123,13 +123,13 @@ def read_adapter(folder: str | os.PathLike, only: Collection[str] = ()) -> Adapt
     folder = Path(folder)
 
     def read() -> AdapterFile:
-        config, (tensors, *base) = read_config(folder, only), read_tensors(folder)
+        config, (tensors, base, half) = read_config(folder, only), read_tensors(folder)
         usual = {usual_key(key): key for key in tensors}
         if twice := [key for key in tensors if usual[usual_key(key)] != key]:
             other = usual[usual_key(twice[0])]
             raise ValueError(f"{folder / WEIGHTS} holds {quoted(twice[0])} twice, as {quoted(other)} too")
         tensors = {key: tensors[written] for key, written in usual.items()}
-        adapter = AdapterFile(folder, config, tensors, *base)
+        adapter = AdapterFile(folder, config, tensors, base, half)
         return as_tensors_say(adapter, read_settings(folder)) if isinstance(config, LoRAConfig) else adapter
 
     return read_pair(folder, CONFIG, WEIGHTS, read)

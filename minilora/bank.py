@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import accumulate, chain
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .adapters import insert_adapter, read_adapter
 from .bases import kind_of, output_scale, widest
 from .config import is_number, require, variants
-from .injection import mergeable_layers, need_whole, put_back, remove, unwrap, wrap
+from .injection import Mergeable, mergeable_layers, need_whole, put_back, remove, unwrap, wrap
 from .layers import AdapterLayer, LoRALayer, Wrapper
 from .spectrum import product_svd
 from .tables import table
@@ -25,7 +26,7 @@ class Entry:
     """An adapter of a bank: its layers by module, the fingerprint of the base it was trained on (None: its file, as
     PEFT's, does not say), and where it comes from."""
 
-    layers: dict[str, AdapterLayer]
+    layers: Mapping[str, Mergeable]
     base: str | None
     source: str
 
@@ -70,7 +71,7 @@ class AdapterBank:
         need_whole(model)
         self.model = model
         self.entries: dict[str, Entry] = {}
-        self.placed: Mapping[str, nn.Module] = {}  # what stands in the model now, by module
+        self.placed: Mapping[str, Mergeable | RoutedLayer] = {}  # what stands in the model now, by module
 
     @property
     def in_use(self) -> str | None:
@@ -135,11 +136,10 @@ class AdapterBank:
         for part, weight in weights.items():
             require(is_number(weight), f"the weight of {part!r} must be a finite number", weight)
         parts = {part: self.entry(part) for part in weights}
-        for part, entry in parts.items():
-            need_lora(part, entry)
+        plain = {part: need_lora(part, entry) for part, entry in parts.items()}
         layers, lost = {}, {}
-        for module in dict.fromkeys(module for entry in parts.values() for module in entry.layers):
-            summands = [(weights[part], e.layers[module]) for part, e in parts.items() if module in e.layers]
+        for module in dict.fromkeys(module for own in plain.values() for module in own):
+            summands = [(weights[part], own[module]) for part, own in plain.items() if module in own]
             require(not any(layer.row_scale() is not None for _, layer in summands),
                  "DoRA's lengths are no part of a sum of updates: merge such adapters, or combine plain ones", module)
             base = summands[0][1].base_layer
@@ -187,7 +187,7 @@ class AdapterBank:
 
     # What stands in the model
 
-    def place(self, layers: Mapping[str, nn.Module]) -> None:
+    def place(self, layers: "Mapping[str, Mergeable | RoutedLayer]") -> None:
         """Take out of the model what stands in it, and put `layers` in."""
         inside = [m for m in self.model.modules() if isinstance(m, (AdapterLayer, RoutedLayer))]
         if {id(m) for m in inside} != {id(layer) for layer in self.placed.values()}:
@@ -205,10 +205,10 @@ class AdapterBank:
         self.placed = layers
 
     @contextmanager
-    def instead(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    def instead(self, layers: "Mapping[str, Mergeable | RoutedLayer]") -> Iterator[None]:
         """`layers` in the model for a while; then what stood there, merged where it was."""
         before = self.placed
-        merged = [layer for layer in before.values() if isinstance(layer, AdapterLayer) and layer.merged]
+        merged = [layer for layer in before.values() if not isinstance(layer, RoutedLayer) and layer.merged]
         self.place(layers)
         try:
             yield
@@ -285,13 +285,13 @@ class RoutedLayer(Wrapper):
         return y
 
 
-def need_lora(name: str, entry: Entry) -> dict[str, LoRALayer]:
+def need_lora(name: str, entry: Entry) -> Mapping[str, LoRALayer]:
     """The layers of an adapter that has nothing but LoRA layers."""
     for module, layer in entry.layers.items():
         if not isinstance(layer, LoRALayer):
             raise ValueError(f"adapter {name!r} trains {module} {layer.how}, which can be used, merged and saved, but "
                              "neither combined nor routed")
-    return entry.layers
+    return cast("Mapping[str, LoRALayer]", entry.layers)  # as was just looked at
 
 
 def version(layers: Mapping[str, AdapterLayer]) -> str:

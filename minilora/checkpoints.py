@@ -100,6 +100,7 @@ def files_of(folder: Path) -> list[Path]:
     if index.exists() and not single.exists():
         shards = read_json(index).get("weight_map")
         require(shards and isinstance(shards, dict), f"{index} must map tensors to files under weight_map", shards)
+        assert isinstance(shards, dict)
         names = set(map(str, shards.values()))
     files = [folder / name for name in sorted(names)]
     for file in files:
@@ -148,7 +149,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name, t in sorted(tensors.items()):
         total.update(name.encode())
-        total.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -248,6 +249,8 @@ def lock(path: Path) -> int | None:
     Raises:
         BlockingIOError: another holds it.
     """
+    if fcntl is None:
+        return None
     held = None
     try:
         held = os.open(path, os.O_RDONLY)

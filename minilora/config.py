@@ -93,7 +93,7 @@ class LoRAConfig:
             require(self.init in named, f"init must be 'kaiming' or {' or '.join(map(repr, sorted(named)))}", self.init)
             named[self.init].check(self)
             require(not self.use_dora, f"init={self.init!r} and DoRA are two variants: use_dora must be False", True)
-        self.target_table, self.rank_table, self.alpha_table
+        _ = self.target_table, self.rank_table, self.alpha_table  # made now, so that a wrong pattern is said now
 
     @cached_property
     def target_table(self) -> PatternTable[bool]:

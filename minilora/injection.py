@@ -1,18 +1,25 @@
 """LoRA over a whole model: insert it, look at what trains, merge it, take it out again (planning.py plans it)."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 from torch import nn
 
-from .bases import quantised
+from .bases import quantised, shape_of
 from .beside import around, beside
 from .config import LoRAConfig, variants
 from .distributed import flat
-from .layers import AdapterLayer, LoRALayer
+from .layers import AdapterLayer, LoRALayer, Wrapper
 from .naming import bare, plain_modules
+from .parameters import ParameterAdapter
 from .planning import need_plain, plan, planned, tied
 from .tables import table
+from .trained_copy import TrainedCopy
+
+if TYPE_CHECKING:
+    from torch._dynamo import OptimizedModule
 
 __all__ = ["inject", "lora_parameters", "loraplus_groups", "merge", "plan", "remove", "report", "unmerge"]
 
@@ -39,6 +46,7 @@ class Report:
         return body + f"trainable {self.trainable:,} / all {self.total:,} = {self.share:.4%}{dead}"
 
 
+Mergeable = LoRALayer | ParameterAdapter | TrainedCopy  # the adapters with merge(), unmerge() and merged
 METHODS: dict[type, Callable] = {}  # type of a config -> f(model, config, any_rank) -> {module: its adapter}
 
 
@@ -84,7 +92,7 @@ def remove(model: nn.Module) -> nn.Module:
     """
     layers = adapter_layers(model)
     need_whole(model)
-    put_back(model, [layer for layer in layers.values() if layer.mergeable])
+    put_back(model, layers.values())
     unwrap(model, layers.values())
     return model
 
@@ -130,14 +138,15 @@ def unmerge(model: nn.Module) -> None:
 
 
 def put_back(model: nn.Module, layers: Iterable[AdapterLayer]) -> None:
-    """Unmerge these layers, also where something else has been tied to a merged weight since."""
-    layers = list(layers)
-    before = {new: own for layer in layers for new, own in layer.replaced().items()}
-    for layer in layers:
+    """Unmerge those of these layers that can be merged, also where something else has been tied to a merged weight
+    since."""
+    able = [layer for layer in layers if can_merge(layer)]
+    before = {new: own for layer in able for new, own in layer.replaced().items()}
+    for layer in able:
         layer.unmerge()
     for module in model.modules() if before else ():
         for name, p in module._parameters.items():
-            if p in before:
+            if p is not None and p in before:
                 module._parameters[name] = before[p]
 
 
@@ -170,8 +179,8 @@ def without_gradient(model: nn.Module, after_backward: bool = False) -> tuple[st
 def weights_in_codes(model: nn.Module) -> int:
     """How many weights quantised linears hold: no parameters, but weights all the same."""
     layers = [m for m in model.modules() if not isinstance(m, AdapterLayer) and quantised(m)]
-    packed = sum(m._parameters["weight"].numel() for m in layers if "weight" in m._parameters)  # bitsandbytes' codes
-    return sum(m.in_features * m.out_features for m in layers) - packed
+    packed = sum(p.numel() for m in layers if (p := m._parameters.get("weight")) is not None)  # bitsandbytes' codes
+    return sum(math.prod(shape_of(m)) for m in layers) - packed
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -202,13 +211,18 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     return found
 
 
-def mergeable_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+def mergeable_layers(model: nn.Module) -> dict[str, Mergeable]:
     """The adapters that can be merged, by name; a ValueError if there is none, or a relative of LoRA."""
-    found = adapter_layers(model)
-    for name, layer in found.items():
-        if not layer.mergeable:
+    found = {}
+    for name, layer in adapter_layers(model).items():
+        if not can_merge(layer):
             raise ValueError(f"the adapter at {name} is no LoRA: this works on LoRA layers alone, got {layer.config!r}")
+        found[name] = layer
     return found
+
+
+def can_merge(layer: AdapterLayer) -> TypeGuard[Mergeable]:
+    return layer.mergeable
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -224,12 +238,12 @@ def need_whole(model: nn.Module) -> None:
 
 def wrap(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
     """Freeze the model and put ``layers[base]`` in the place of each base; `take` undoes both."""
-    bare(model).trained_before_lora = [p for p in model.parameters() if p.requires_grad]
+    bare(model).__dict__["trained_before_lora"] = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     replace(model, layers)
 
 
-def unwrap(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+def unwrap(model: nn.Module, layers: Iterable[AdapterLayer | Wrapper]) -> None:
     replace(model, {layer: layer.base_layer for layer in layers})
     for p in bare(model).__dict__.pop("trained_before_lora", ()):
         p.requires_grad_(True)
@@ -242,4 +256,4 @@ def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
             if child in new:
                 parent._modules[name] = new[child]
                 if hasattr(parent, "_orig_mod"):  # torch.compile around this very layer has bound its forward
-                    parent._initialize()
+                    cast("OptimizedModule", parent)._initialize()

@@ -11,6 +11,7 @@ In the shape comments N stands for all leading dimensions of the input (batch, t
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ class Wrapper(nn.Module):
     """A module around a `base_layer`. Code that asks it for a weight, bias or in_features finds the base's, and who
     sets a weight (to tie it) sets the base's."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -192,10 +193,9 @@ class LoRALayer(PlainWhenMerged, Wrapper, AdapterLayer):
                  use_rslora: bool = False):
         super().__init__(base_layer)
         LoRAConfig(rank, alpha, (".",), dropout, use_rslora)  # only to check the values
-        self.kind = kind_of(base_layer)
-        if self.kind not in self.kinds:
+        if (kind := kind_of(base_layer)) not in self.kinds:
             raise ValueError(f"a {type(base_layer).__name__} cannot be adapted: expected {words(self.kinds)}")
-        self.rank, self.alpha, self.scaling = rank, alpha, scaling(rank, alpha, use_rslora)
+        self.kind, self.rank, self.alpha, self.scaling = kind, rank, alpha, scaling(rank, alpha, use_rslora)
         self.dropout, self.use_rslora = dropout, use_rslora
         self.unmerged = ()  # while merged: the base's own weight, and the share of the update that rounding took
         for name, shape in self.shapes(*shape_of(base_layer), rank).items():

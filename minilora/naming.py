@@ -25,7 +25,7 @@ def wrapped_at(module: nn.Module) -> tuple[str, ...]:
 def bare(model: nn.Module) -> nn.Module:
     """The model without the wrappers around the whole of it."""
     while (names := wrapped_at(model)) and not isinstance(model, AdapterLayer):
-        model = model._modules[names[0]]
+        model = model.get_submodule(names[0])
     return model
 
 

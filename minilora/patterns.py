@@ -10,11 +10,16 @@ one more reading of the name, and no search.
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from re import _constants as op
-from re import _parser
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .tables import quoted
+
+if TYPE_CHECKING:  # a type checker knows the two by their names before Python 3.11
+    import sre_constants as op
+    import sre_parse as _parser
+else:
+    from re import _constants as op
+    from re import _parser
 
 Value = TypeVar("Value")
 
@@ -67,7 +72,7 @@ class PatternTable(Generic[Value]):
                 parsed = _parser.parse(written(pattern))
                 if flags := parsed.state.flags & ~re.UNICODE:
                     raise Unknown(f"the flag {re.RegexFlag(flags)!r}")
-                self.automaton.add_pattern(i, parsed)
+                self.automaton.add_pattern(i, parsed.data)
             except (re.error, OverflowError, RecursionError) as e:
                 raise ValueError(f"{quoted(pattern)} is not a regular expression: {e}") from None
             except Unknown as e:
@@ -145,7 +150,7 @@ class Automaton:
         if what is op.SUBPATTERN and not any(value[1:3]):
             return self.sequence(value[3], then)
         if what in (op.MAX_REPEAT, op.MIN_REPEAT):
-            return self.repeat(*value, then)
+            return self.repeat(*value, then=then)
         if what is op.AT and value in PLACES:
             return self.state(self.place(value), then)
         if what in (op.ASSERT, op.ASSERT_NOT) and value[0] > 0:

@@ -148,7 +148,7 @@ def choose(model: nn.Module, modules: dict, kinds: dict, config: LoRAConfig, not
     if not found:
         what = (f"{quoted(wanted)}: the model has no linear layer besides its head" if wanted == ALL_LINEAR else
                 f"the regular expression {quoted(wanted)} matches no whole name of a module that can be adapted; "
-                f"{suggest(wanted, kinds)}")
+                f"{suggest(str(wanted), kinds)}")
         raise ValueError(f"target_modules{' ' if wanted == ALL_LINEAR else ': '}{what}"
                          + (f" ({': '.join(odd)})" if odd else ""))
     return found
@@ -158,7 +158,7 @@ def is_head(model: nn.Module, modules: dict, name: str) -> bool:
     """Whether a linear is the output head: of a language model, or (all that a Hugging Face model has around its
     `base_model`) of a classifier."""
     model = bare(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     if modules[name] is head or entry_matches("lm_head", name):
         return True
     inner = getattr(model, "base_model", None) if head is None else None

@@ -61,7 +61,7 @@ def read_notebook(path: Path) -> dict:
     try:
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
-            "".join(cell["source"]), cell["metadata"].get("nbgrader"), cell["cell_type"]
+            _ = "".join(cell["source"]), cell["metadata"].get("nbgrader"), cell["cell_type"]
         return notebook
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read: {error.strerror}") from None

@@ -48,7 +48,7 @@ def product_svdvals(B: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:
 
 def product_norm(B: Tensor, A: Tensor, scale: float = 1.0) -> float:
     """``||scale * B @ A||_F``. Raises as `product_svd`."""
-    return frobenius(product_svdvals(B, A, scale))
+    return float(frobenius(product_svdvals(B, A, scale)))
 
 
 @torch.no_grad()
@@ -127,7 +127,8 @@ def rank_for_energy(S: Tensor, share: float = 0.9, stacked: bool = False) -> int
     """The fewest directions that hold `share`, in (0, 1], of the energy; 0 for a zero update. Raises as `energy`."""
     if not 0 < share <= 1:
         raise ValueError(f"a share of the energy must be in (0, 1], got {share}")
-    return number(((energy(S, stacked) < share).sum(-1) + 1) * (S[..., 0] > 0))
+    counts = ((energy(S, stacked) < share).sum(-1) + 1) * (S[..., 0] > 0)
+    return counts if stacked else int(counts)
 
 
 def stable_rank(S: Tensor, stacked: bool = False) -> float | Tensor:
@@ -203,16 +204,16 @@ def principal_angles(U1: Tensor, U2: Tensor) -> Tensor:
 
 def orthonormal(*bases: Tensor) -> list[Tensor]:
     """The bases in their common dtype, or a ValueError."""
-    bases = [matrix(f"basis {i}", U) for i, U in enumerate(bases, 1)]
-    if len({len(U) for U in bases}) > 1:
+    found = [matrix(f"basis {i}", U) for i, U in enumerate(bases, 1)]
+    if len({len(U) for U in found}) > 1:
         raise ValueError("the bases must be columns of one length, got shapes "
-                         + " and ".join(str(tuple(U.shape)) for U in bases))
-    for i, U in enumerate(bases, 1):
+                         + " and ".join(str(tuple(U.shape)) for U in found))
+    for i, U in enumerate(found, 1):
         off = (U.T @ U - torch.eye(U.shape[1], dtype=U.dtype, device=U.device)).abs().max()
         if off > 1e-3:
             raise ValueError(f"basis {i} of shape {tuple(U.shape)} must have orthonormal columns, and is off by "
                              f"{off:.2g}: take U or Vh.T of an SVD, or torch.linalg.qr")
-    return [U.to(torch.promote_types(bases[0].dtype, bases[-1].dtype)) for U in bases]
+    return [U.to(torch.promote_types(found[0].dtype, found[-1].dtype)) for U in found]
 
 
 class Amplification(NamedTuple):
@@ -324,17 +325,18 @@ def extract_lora(delta: Tensor, *, rank: int | None = None, energy: float | None
     Raises:
         ValueError: no finite matrix; a rank above min(out, in); none or both of rank and energy.
     """
-    return nearest(*torch.linalg.svd(matrix("delta", delta), full_matrices=False), rank, energy)
+    return nearest(*torch.linalg.svd(matrix("delta", delta), full_matrices=False), rank=rank, energy=energy)
 
 
 def nearest(U: Tensor, S: Tensor, Vh: Tensor, rank: int | None, energy: float | None) -> LowRank:
-    if (rank is None) == (energy is None):
+    if rank is None and energy is not None:
+        rank = max(1, int(rank_for_energy(S, energy)))
+    elif rank is None or energy is not None:
         raise ValueError(f"expected either a rank or a share of the energy, got rank={rank} and energy={energy}")
-    rank = max(1, rank_for_energy(S, energy)) if rank is None else rank
     possible(rank, len(S))
     root, parts = S[:rank].sqrt(), relative(S)  # (rank,), (k,)
     error = float(parts[rank:].norm() / parts.norm()) if S[0] > 0 else 0.0
-    return LowRank(U[:, :rank] * root, root[:, None] * Vh[:rank], frobenius(S), error)
+    return LowRank(U[:, :rank] * root, root[:, None] * Vh[:rank], float(frobenius(S)), error)
 
 
 def possible(rank: int, most: int, name: str = "rank") -> None:

@@ -4,6 +4,7 @@ Light, so that every room can use it.
 """
 
 import textwrap
+from collections.abc import Sequence
 
 MOST_IN_CELL, MOST_IN_LINE, MOST_QUOTED = 120, 600, 160  # characters of a stranger's text
 
@@ -28,7 +29,7 @@ def quoted(value: object, most: int = MOST_QUOTED) -> str:
     return plain(text, most)
 
 
-def table(head: tuple, rows: list[tuple]) -> str:
+def table(head: tuple, rows: Sequence[tuple]) -> str:
     """Rows under a head, columns aligned: numbers to the right, words to the left."""
     cells = [[f"{c:,}" if isinstance(c, int) else plain(c, MOST_IN_CELL) for c in row] for row in (head, *rows)]
     right = [rows and isinstance(rows[0][i], int) for i in range(len(head))]

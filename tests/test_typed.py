@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import minilora
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 from minilora import LoRAConfig, inject, plan
@@ -18,6 +20,10 @@ wrong = LoRAConfig(rnk="eight")
 plan(config)
 inject("model", config)
 """
+
+
+def test_the_public_names_are_those_that_are_looked_up():
+    assert minilora.__all__ == sorted(minilora._ROOM)
 
 
 @pytest.mark.skipif(not shutil.which("pyright", path=Path(sys.executable).parent), reason="needs pyright")
