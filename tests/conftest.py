@@ -1,4 +1,7 @@
-"""What every test starts from: no network, one thread, a fixed seed; memory that lies askew where that is asked for."""
+"""What every test starts from: no network, one thread, a fixed seed; memory that lies askew where that is asked for.
+
+Large tables are run by a sample that meets every kind of cell; `pytest tests --whole` runs all of them.
+"""
 
 import os
 
@@ -19,11 +22,20 @@ def pytest_addoption(parser):
     parser.addoption("--shift-memory", metavar="SEED", help="move every tensor 4 to 60 bytes off its boundary, at "
                      "random; tests of what lies in memory (bytes, traces, compiled code) are not for this. With "
                      "MKL_CBWR= (empty) MKL's kernels feel it, and what asks for equal bits fails rightly")
+    parser.addoption("--whole", action="store_true", help="all of the large tables, minutes each, not the sample that "
+                     "meets every kind of cell")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "whole: a cell of a large table that --whole alone runs")
     if seed := config.getoption("--shift-memory"):
         os.environ[ENVIRONMENT] = seed
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--whole"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("whole")])
+        items[:] = [item for item in items if not item.get_closest_marker("whole")]
 
 
 @pytest.fixture(autouse=True)

@@ -42,6 +42,17 @@ def random_states(count: int, seed: int = 0) -> list[dict[str, str]]:
     return found
 
 
+def sample(states: list[dict[str, str]], count: int) -> list[dict[str, str]]:
+    """`count` of the states, among which every family, stack, method and option comes up that comes up in all."""
+    seen, new, others = set(), [], []
+    for state in states:
+        kinds = {*state, PRESETS[state["model"]].family, state.get("stack"), state.get("method")}
+        (others if kinds <= seen else new).append(state)
+        seen |= kinds
+    assert len(new) <= count <= len(states)
+    return [*new, *others][:count]
+
+
 def words(state: dict[str, str]) -> list[str]:
     """A state as a person would type it."""
     typed = []
