@@ -949,6 +949,55 @@ def keys_by_replace(module):
     return [name, ".lora_B.".join(name.rsplit(".lora_A.", 1))]
 
 
+# ---------------------------------------------------------------- 15
+
+
+def targets_by_where(ids, trained):
+    return torch.where(torch.tensor(trained), torch.tensor(ids), -100)[1:].tolist()
+
+
+def targets_from_behind(ids, trained):
+    found = []
+    while len(found) < len(ids) - 1:
+        found.insert(0, ids[-1 - len(found)] if trained[-1 - len(found)] else -100)
+    return found
+
+
+def targets_by_positions(ids, trained):
+    found = [-100] * (len(ids) - 1)
+    for i in np.flatnonzero(trained):
+        if i:
+            found[i - 1] = ids[i]
+    return found
+
+
+def rate_by_logarithms(width, method):
+    return math.exp(math.log(0.003) - 0.78 * math.log(width / 160)) / {"lora": 1, "full": 5}[method]
+
+
+def rate_by_roots(width, method):
+    return {"full": 0.0006}.get(method, 0.003) / (width / 160) ** 0.5 / (width / 160) ** 0.28
+
+
+def rate_by_numpy(width, method):
+    return np.float64(3e-3) * np.power(np.divide(160, width), 0.78) * (0.2 if method == "full" else 1.0)
+
+
+def cost_by_the_watt_second(tokens, epochs, speed, watts, price):
+    seconds = tokens * epochs / speed
+    return seconds / 3600, watts * seconds * price / 3.6e6
+
+
+def cost_as_a_list(tokens, epochs, speed, watts, price):
+    time = epochs * tokens / speed / 60 / 60
+    return [time, math.prod((time, watts, price)) * 1e-3]
+
+
+def cost_epoch_by_epoch(tokens, epochs, speed, watts, price):
+    hours = sum(tokens / speed / 3600 for _ in range(epochs))
+    return hours, price * (hours * (watts / 1000))
+
+
 RIGHT = {
     "nb00.lora_output": [output_by_linear, output_by_merging, output_by_einsum],
     "nb00.shelf_bytes": [shelf_by_parts, shelf_by_numpy, shelf_in_a_loop],
@@ -1012,4 +1061,7 @@ RIGHT = {
     "nb14.effective_share": [share_by_numpy, share_by_categorical, share_in_base_two],
     "nb14.peft_keys": [keys_by_join, keys_by_replace,
                        lambda m: [f"base_model.model.{m}.lora_{half}.weight" for half in ("A", "B")]],
+    "nb15.next_targets": [targets_by_where, targets_from_behind, targets_by_positions],
+    "nb15.rate_for": [rate_by_logarithms, rate_by_roots, rate_by_numpy],
+    "nb15.cost_of": [cost_by_the_watt_second, cost_as_a_list, cost_epoch_by_epoch],
 }
