@@ -86,8 +86,13 @@ class PatternTable(Generic[Value]):
 
     def unused(self, names: Iterable[str]) -> list[str]:
         """The patterns that match none of the names."""
-        used = {i for name in names for i in self.automaton.accepted(name)}
-        return [pattern for i, (pattern, _) in enumerate(self.values) if i not in used]
+        left = {i: pattern for i, (pattern, _) in enumerate(self.values)}
+        for name in names:
+            if not left:  # as of an empty table from the start: twenty thousand names need not be read for it
+                break
+            for i in self.automaton.accepted(name):
+                left.pop(i, None)
+        return list(left.values())
 
     def __reduce__(self):
         return PatternTable, (dict(self.values), self.written)
