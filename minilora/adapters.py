@@ -19,7 +19,7 @@ from torch.linalg import vector_norm
 
 from .bases import on_disk
 from .beside import beside
-from .checkpoints import read_safetensors, save_tensors
+from .checkpoints import copy_safetensors, read_safetensors, save_tensors
 from .config import LoRAConfig, variants
 from .distributed import flat, full_tensor, gathered_whole, is_main_process
 from .fingerprints import fingerprint as fingerprint
@@ -36,6 +36,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT, HALF = "minilora.base", "minilora.base.float16"  # in the metadata: see `marks`
 MOST_ENTRIES = 2**28  # of a LoRA factor: a vocabulary of a million at rank 256
 PART = 2**22  # entries that are looked at in one go
+SMALL = 2**28  # bytes of a file that is read at once; a larger one is mapped
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of what an adapter's file may hold
 
 
@@ -152,7 +153,8 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None, str | Non
 
 def safe_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a file, each tensor one that an adapter may hold; else a ValueError."""
-    tensors, metadata = read_safetensors(path)
+    small = path.stat().st_size <= SMALL
+    tensors, metadata = copy_safetensors(path) if small else read_safetensors(path)
     for key, t in tensors.items():
         if t.dtype not in DTYPES:
             raise ValueError(f"{quoted(key)} in {path} holds {t.dtype} values, expected finite floating-point numbers "

@@ -22,7 +22,7 @@ except ImportError:  # Windows: nobody is told of a writer at work, so what a ki
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from .config import require
@@ -82,6 +82,15 @@ def read_safetensors(path: Path, **words: str) -> tuple[dict[str, Tensor], dict[
     """All tensors of one file, mapped, and its metadata; `words` and errors as of `opened`."""
     with opened(path, **words) as f:
         return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+
+
+def copy_safetensors(path: Path, **words: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `read_safetensors`, copied into memory: with many small tensors that takes a third of the time, and nobody can
+    cut the file short afterwards."""
+    with opened(path, **words):
+        data = path.read_bytes()
+        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+        return load(data), header.get("__metadata__", {})
 
 
 def read_tensor(path: Path, key: str) -> Tensor:

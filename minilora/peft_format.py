@@ -135,7 +135,7 @@ def is_set(value) -> bool:
 
 def usual_key(key: str) -> str:
     """A tensor's key without the adapter's name in it ("default"), which some tools leave there."""
-    return re.sub(r"\.default(?=$|\.weight$)", "", key)
+    return re.sub(r"\.default(?=$|\.weight$)", "", key) if ".default" in key else key
 
 
 def modules_of(adapter: AdapterFile) -> list[str]:
@@ -145,6 +145,8 @@ def modules_of(adapter: AdapterFile) -> list[str]:
     names = dict.fromkeys(key[len(PREFIX):-len(end)] for key in adapter.tensors for end in key_ends
                           if key.startswith(PREFIX) and key.endswith(end))
     holders = {entry.rpartition(".")[0] for entry in adapter.config.target_parameters}
+    if not holders:
+        return list(names)
     return [name for name in names if holders.isdisjoint(ends(re.sub(r"(\.base_layer)+$", "", name)))]
 
 
