@@ -4,6 +4,7 @@ Large tables are run by a sample that meets every kind of cell; `pytest tests --
 """
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # MKL may choose its kernel by where a tensor lies in memory, and round differently. In this mode it does not: the same
@@ -16,6 +17,10 @@ import torch
 from shifted import ENVIRONMENT, Shifted
 
 torch.set_num_threads(1)
+
+# A shell that starts a command in the background lets it ignore Ctrl-C, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

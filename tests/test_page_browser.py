@@ -203,11 +203,12 @@ def test_the_json_is_the_command_line_s(page):
 
 
 @pytest.mark.skipif(not AXE.is_file(), reason="needs axe-core: npm ci")
-@pytest.mark.parametrize("width, scheme", ((360, "light"), (1366, "dark")))
-def test_it_can_be_used_by_all(chromium, sites, scheme, width):
+@pytest.mark.parametrize("width, scheme, states", (
+    (360, "light", (START, START | {"rank": "0"})), (1366, "dark", (START | {"model": "llama-3-70b", "method": "full"},))))
+def test_it_can_be_used_by_all(chromium, sites, scheme, width, states):
     page = visited(chromium, sites["served"], color_scheme=scheme, viewport={"width": width, "height": 800})
     page.evaluate(AXE.read_text(encoding="utf-8"))
-    for state in (START, START | {"model": "llama-3-70b", "method": "full"}, START | {"rank": "0"}):
+    for state in states:
         ask(page, **state)
         if state["rank"] != "0":
             answered(page, "whole")

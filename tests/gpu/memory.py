@@ -22,7 +22,7 @@ import warnings
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from common import GIB, HERE, UNDER, Benchmark, Skip, off, used
@@ -295,6 +295,7 @@ def verdict_row(cap: int, cell: Cell, dry: bool) -> dict:
                            "fitted": "out_of_memory" not in found}
 
 
+@cache  # the batches at the edge are found by hundreds of bills
 def verdict_items(dry: bool) -> dict:
     caps, recipes = [cap * GIB for cap in CAPS], RECIPES
     if dry:
