@@ -222,6 +222,15 @@ def test_it_can_be_used_by_all(chromium, sites, scheme, width, states):
     page.close()
 
 
+@pytest.mark.parametrize("width", (360, 1366, 1920))
+def test_no_column_of_the_cards_is_cut_off(page, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    ask(page, **START)
+    answered(page, "whole")
+    shown, whole = page.evaluate("(({ clientWidth, scrollWidth }) => [clientWidth, scrollWidth])(document.getElementById('cards'))")
+    assert whole <= shown
+
+
 @pytest.mark.skipif(not (NODE_MODULES / "pyodide").is_dir(), reason="needs Pyodide: npm ci")
 def test_once_loaded_it_needs_no_network(chromium, sites):
     page = visited(chromium, sites["static"])
