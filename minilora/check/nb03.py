@@ -1,4 +1,4 @@
-"""Notebook 03: matching names, wrapping modules, spending a budget; a prediction about places."""
+"""Notebook 03: wrapping modules, a training loop, matching names, spending a budget; a prediction about places."""
 
 import copy
 import math
@@ -6,9 +6,10 @@ import random
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ..grading.models import Pair, Tuned
+from ..grading.models import Pair, Speaker, Tuned
 from . import Exercise, Prediction
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj",
@@ -250,6 +251,91 @@ wrap = Exercise(
                            "the match is a child of the model itself"),
                           (lambda model, target, layer: not hasattr(model, target), "the match lies deeper down")],
     in_place=True, observe=outputs_and_flags)
+
+
+def model_and_rows(seed: int) -> tuple:
+    """Rows of which each begins with a prompt of its own length; the rest is the reply, and padding after it."""
+    words, width, batch, tokens = 9 + seed, 4 + seed, (3, 2, 4, 1)[seed % 4], 7 + seed
+    model, ids = Speaker(words, width), torch.randint(words, (batch, tokens))
+    places = torch.arange(tokens)
+    prompts, ends = torch.randint(2, 5, (batch, 1)), torch.randint(6, tokens + 1, (batch, 1))
+    return model, ids, (places >= prompts) & (places < ends), (0.5, 1.0, 0.3, 0.8)[seed % 4], 3
+
+
+def fitted(model, ids, reply, lr, steps):
+    """Asks autograd for the trained parameters alone, and adds up one token at a time."""
+    trained, losses = [p for p in model.parameters() if p.requires_grad], []
+    for _ in range(steps):
+        shares = model(ids).log_softmax(-1)
+        terms = [-shares[row, t - 1, ids[row, t]] for row, t in reply.nonzero().tolist()]
+        loss = sum(terms) / len(terms)
+        with torch.no_grad():
+            for p, gradient in zip(trained, torch.autograd.grad(loss, trained)):
+                p -= lr * gradient
+        losses.append(loss.item())
+    return losses
+
+
+def loop(loss_of=None, counted=lambda reply: reply[:, 1:], clears=True, sign=1, told=lambda losses: losses, late=False,
+         moves=True, thaws=False, reduction="mean"):
+    """The loop with one thing changed."""
+    def shifted(model, ids, reply):
+        here = counted(reply)
+        return F.cross_entropy(model(ids)[:, :-1][here], ids[:, 1:][here], reduction=reduction)
+
+    def fit(model, ids, reply, lr, steps):
+        losses, of = [], loss_of or shifted
+        if thaws:
+            model.requires_grad_(True)
+        for _ in range(steps):
+            if clears:
+                model.zero_grad()
+            loss = of(model, ids, reply)
+            loss.backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.requires_grad and moves:
+                        p -= sign * lr * p.grad
+                losses.append((of(model, ids, reply) if late else loss).item())
+        return told(losses)
+    return fit
+
+
+def losses_and_weights(result, model, *_):
+    losses = "nothing was returned" if result is None else [float(loss) for loss in result]
+    return {"the list of losses": losses, "the weights after the run": dict(model.state_dict())}
+
+
+fit = Exercise(
+    "fit", fitted, model_and_rows,
+    [(loop(counted=lambda reply: torch.ones_like(reply[:, 1:])),
+      "the prompt and the padding are counted too: of the next tokens only those of the reply, reply[:, 1:]"),
+     (loop(counted=lambda reply: ~reply[:, 1:]), "the mask is turned round: the reply counts, the prompt does not"),
+     (loop(counted=lambda reply: reply[:, :-1]),
+      "the mask is one place off: what counts is whether the NEXT token belongs to the reply, reply[:, 1:]"),
+     (loop(lambda model, ids, reply: F.cross_entropy(model(ids)[reply], ids[reply])),
+      "not shifted: at place t the model predicts token t + 1, so logits[:, :-1] goes with ids[:, 1:]"),
+     (loop(lambda model, ids, reply: F.cross_entropy(model(ids)[:, 1:][reply[:, :-1]], ids[:, :-1][reply[:, :-1]])),
+      "shifted the wrong way: logits[:, :-1] goes with ids[:, 1:]"),
+     (loop(clears=False), "the gradients of the steps add up: clear them before each backward, model.zero_grad()"),
+     (loop(sign=-1), "uphill: a step goes against the gradient, p -= lr * p.grad"),
+     (loop(moves=False), "no step is taken: move every parameter that trains by -lr times its gradient"),
+     (loop(thaws=True), "the frozen weights moved: leave requires_grad as it is"),
+     (loop(reduction="sum"), "the losses of the tokens are added up, expected their mean"),
+     (loop(lambda model, ids, reply: (F.cross_entropy(model(ids)[:, :-1].mT, ids[:, 1:], reduction="none")
+                                      * reply[:, 1:]).mean()),
+      "divided by all places: the mean is over the reply's tokens alone, so divide by reply[:, 1:].sum()"),
+     (loop(lambda model, ids, reply: ((F.cross_entropy(model(ids)[:, :-1].mT, ids[:, 1:], reduction="none")
+                                       * reply[:, 1:]).sum(1) / reply[:, 1:].sum(1)).mean()),
+      "a mean for each row, then a mean of these: one mean over all of the replies' tokens, a long reply counts more"),
+     (loop(late=True), "the losses are those after each step: note the loss that the step was made from"),
+     (loop(told=lambda losses: losses[-1]), "only the last loss is returned: return the list, one a step"),
+     (loop(told=lambda losses: None), "the losses are not returned"),
+     (lambda model, ids, reply, lr, steps: loop()(model, ids, reply, lr, 1), "one step only: take `steps` of them"),
+     (lambda model, ids, reply, lr, steps: loop()(model, ids, reply, 1.0, steps), "lr is not used"),
+     (lambda model, ids, reply, lr, steps: loop()(copy.deepcopy(model), ids, reply, lr, steps),
+      "the run is right, but on a copy: train the model that you were given")],
+    rounds=4, tolerance=1e-4, in_place=True, observe=losses_and_weights)
 
 
 where_to_spend = Prediction("a", {

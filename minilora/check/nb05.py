@@ -1,4 +1,4 @@
-"""Notebook 05: energy, subspaces, amplification, intruders; two predictions about the rank of an update."""
+"""Notebook 05: energy, the SVD of a product, subspaces, amplification, intruders; two predictions."""
 
 import random
 
@@ -80,6 +80,70 @@ rank_for_energy = Exercise("rank_for_energy", counted, draw_share, [
                 (lambda delta, share: delta.shape[0] < delta.shape[1], "delta is wider than tall"),
                 (lambda delta, share: share < 0.6, "the share is small"),
                 (lambda delta, share: share >= 0.6, "the share is large")])
+
+
+def draw_factors(seed: int) -> tuple[Tensor, Tensor, float]:
+    """Factors of which neither has orthogonal columns; the rank is below both sides."""
+    d_out, d_in, rank = 11 + seed, 14 - seed, 2 + seed
+    B, A = torch.randn(d_out, rank, dtype=torch.float64), torch.randn(rank, d_in, dtype=torch.float64)
+    return B * torch.arange(1, rank + 1), A + A[:1], random.choice((2.0, 0.5, 4.0))
+
+
+def decomposed(B: Tensor, A: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """From the whole product, of which all but the first r directions are zero."""
+    U, S, Vh = torch.linalg.svd(scale * B @ A, full_matrices=False)
+    r = B.shape[1]
+    return U[:, :r], S[:r], Vh[:r]
+
+
+def what_an_svd_must_be(result, B: Tensor, A: Tensor, scale: float) -> dict:
+    """Signs are arbitrary, so the factors are looked at together, and each for being orthonormal."""
+    U, S, Vh = (torch.as_tensor(part) for part in result)
+    return {"the sizes of U, S and Vh": [list(part.shape) for part in (U, S, Vh)], "S": S,
+            "U diag(S) Vh": U * S @ Vh, "U.T @ U": U.T @ U, "Vh @ Vh.T": Vh @ Vh.T}
+
+
+def by_qr(core=lambda R_B, R_A, scale: scale * R_B @ R_A.T, put=lambda Q_B, U, S, Vh, Q_A: (Q_B @ U, S, Vh @ Q_A.T)):
+    """The two QRs, with another matrix in the middle or put together in another way."""
+    def svd(B, A, scale):
+        Q_B, R_B = torch.linalg.qr(B)
+        Q_A, R_A = torch.linalg.qr(A.T)
+        return put(Q_B, *torch.linalg.svd(core(R_B, R_A, scale)), Q_A)
+    return svd
+
+
+def by_qr_of_A(B, A, scale):
+    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A)
+    U, S, Vh = torch.linalg.svd(scale * R_B @ R_A, full_matrices=False)
+    return Q_B @ U, S, Vh @ Q_A
+
+
+product_svd = Exercise("product_svd", decomposed, draw_factors, [
+    (by_qr(lambda R_B, R_A, scale: R_B @ R_A.T), "the scale is missing: the product is scale * B @ A"),
+    (by_qr(lambda R_B, R_A, scale: scale**2 * R_B @ R_A.T), "the scale counts once"),
+    (by_qr(lambda R_B, R_A, scale: R_B @ R_A.T / scale), "divided by the scale: multiply"),
+    (by_qr(lambda R_B, R_A, scale: scale * R_B @ R_A),
+     "the matrix in the middle is R_B times the transpose of R_A: A.T = Q_A R_A, so A = R_A.T Q_A.T"),
+    (by_qr_of_A, "that is the QR of A: it is A's rows that have to become orthonormal, so take the QR of A.T"),
+    (by_qr(lambda R_B, R_A, scale: scale * R_A @ R_B.T), "the matrix in the middle is turned round: R_B comes first"),
+    (by_qr(lambda R_B, R_A, scale: scale * R_B), "A's half of the middle is missing: R_B times the transpose of R_A"),
+    (by_qr(put=lambda Q_B, U, S, Vh, Q_A: (U, S, Vh)),
+     "this is the SVD of the r x r matrix in the middle: put Q_B in front of its U, and the transpose of Q_A after Vh"),
+    (by_qr(put=lambda Q_B, U, S, Vh, Q_A: (Q_B, S, Q_A.T)),
+     "Q_B and Q_A are orthonormal, but not the singular directions: turn them by U and Vh of the middle"),
+    (by_qr(put=lambda Q_B, U, S, Vh, Q_A: (Q_B @ U, S, (Vh @ Q_A.T).T)),
+     "V is returned, expected Vh: its directions stand in rows, (r, d_in)"),
+    (by_qr(put=lambda Q_B, U, S, Vh, Q_A: (Q_B @ U, S, Vh.T @ Q_A.T)),
+     "Vh of the middle is transposed: torch.linalg.svd gives Vh, so Vh @ Q_A.T"),
+    (by_qr(put=lambda Q_B, U, S, Vh, Q_A: (Q_B @ U, S**2, Vh @ Q_A.T)), "the singular values are squared"),
+    (by_qr(put=lambda Q_B, U, S, Vh, Q_A: (Q_B @ U, torch.diag(S), Vh @ Q_A.T)),
+     "S is a matrix, expected the singular values alone, (r,)"),
+    (by_qr(put=lambda Q_B, U, S, Vh, Q_A: (Q_B @ U * S, S, Vh @ Q_A.T)),
+     "the singular values are in U as well: U has columns of length 1"),
+    (lambda B, A, scale: torch.linalg.svd(scale * B @ A, full_matrices=False),
+     "this decomposes the whole product: it has more than r directions, of which all but r are zero; take the SVD of "
+     "the r x r matrix in the middle"),
+], tolerance=1e-4, observe=what_an_svd_must_be)
 
 
 def draw_adapters(seed: int) -> tuple[Tensor, Tensor, int, int]:

@@ -1,4 +1,5 @@
-"""Notebook 12: virtual tokens, a bottleneck, factors folded into a weight; predictions about latency and about size."""
+"""Notebook 12: virtual tokens, a prefix in attention, a bottleneck, factors folded into a weight; predictions about
+latency and about size."""
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,69 @@ prepend = Exercise(
       "one virtual token alone is put in: all n of them belong there")],
     situations=[(lambda prompt, text: len(text) == 1, "the batch has one text"),
                 (lambda prompt, text: len(text) > 1, "the batch has several texts")])
+
+# ---------------------------------------------------------------- attend_with_prefix
+
+
+def head_and_prefix(seed: int) -> tuple:
+    tokens, width, n = (4, 6, 5, 1)[seed % 4], (5, 4, 7, 6)[seed % 4], (2, 3, 1, 4)[seed % 4]
+    q, k, v = torch.randn(3, tokens, width).unbind()
+    return q, k, v, *torch.randn(2, n, width).unbind()
+
+
+def attended(q, k, v, prefix_k, prefix_v):
+    """Token by token: what it may look at, and the mean of their values."""
+    rows = []
+    for t in range(len(q)):
+        keys, values = torch.cat((prefix_k, k[:t + 1])), torch.cat((prefix_v, v[:t + 1]))
+        share = (keys @ q[t] / q.shape[1] ** 0.5).exp()
+        rows.append(share @ values / share.sum())
+    return torch.stack(rows)
+
+
+def attention(scale=lambda d: d**0.5, after=False, hide=None, mix_up=False, dim=-1):
+    """The attention with one thing changed."""
+    def attend(q, k, v, prefix_k, prefix_v):
+        n, T = len(prefix_k), len(q)
+        keys, values = (torch.cat(pair[::-1] if after else pair) for pair in ((prefix_k, k), (prefix_v, v)))
+        if mix_up:
+            values = torch.cat((prefix_k, v))
+        hidden = torch.ones(T, n + T).triu(n + 1).bool() if hide is None else hide(T, n)
+        scores = (q @ keys.T / scale(q.shape[1])).masked_fill(hidden, float("-inf"))
+        return scores.softmax(dim) @ values
+    return attend
+
+
+attend_with_prefix = Exercise(
+    "attend_with_prefix", attended, head_and_prefix,
+    [(attention(hide=lambda T, n: torch.zeros(T, n + T).bool()),
+      "no causal mask: a token must not look at the text's tokens that come after it"),
+     (attention(hide=lambda T, n: torch.ones(T, n + T).triu(1).bool()),
+      "the prefix is masked as if it were text that comes later: column j is token j - n, so the mask starts n columns "
+      "farther to the right"),
+     (attention(hide=lambda T, n: torch.ones(T, n + T).triu(n).bool()),
+      "one too few is seen: a token looks at itself as well"),
+     (attention(hide=lambda T, n: torch.ones(T, n + T).triu(n + 2).bool()),
+      "one too many is seen: a token must not look at the next one"),
+     (attention(scale=lambda d: 1), "the scores are not divided by the root of the width, q.shape[-1] ** 0.5"),
+     (attention(scale=lambda d: d), "divided by the width: by its root"),
+     (attention(scale=lambda d: d**-0.5), "multiplied by the root of the width: divide by it"),
+     (attention(mix_up=True), "the prefix's keys stand among the values: its values belong there"),
+     (lambda q, k, v, prefix_k, prefix_v: (q @ torch.cat((prefix_k, k)).T / q.shape[1]**0.5).softmax(-1)
+      .tril(len(prefix_k)) @ torch.cat((prefix_v, v)),
+      "masked after the softmax, so that the shares no longer add up to 1: put minus infinity in before it"),
+     (attention(dim=0), "the softmax runs over the queries: it belongs over the keys, the last dimension"),
+     (lambda q, k, v, prefix_k, prefix_v: attention()(q, k, v, prefix_k[:0], prefix_v[:0]),
+      "the prefix is missing: its keys and values stand before those of the text"),
+     (attention(after=True), "the prefix stands after the text's keys: the mask then hides the wrong places"),
+     (lambda q, k, v, prefix_k, prefix_v: attended(q, k, v, prefix_k, prefix_v)
+      + attended(q, k, v, prefix_k[:0], prefix_v[:0]),
+      "two attentions are added: there is one softmax, over prefix and text together"),
+     (lambda q, k, v, prefix_k, prefix_v:
+      attention()(torch.cat((prefix_k, q)), torch.cat((prefix_k, k)), torch.cat((prefix_v, v)), k[:0], v[:0]),
+      "there are n rows too many: the prefix has keys and values, and asks nothing itself")],
+    tolerance=1e-4, situations=[(lambda q, *rest: len(q) == 1, "the text is a single token"),
+                                (lambda q, *rest: len(q) > 1, "the text has several tokens")])
 
 # ---------------------------------------------------------------- bottleneck
 

@@ -28,6 +28,19 @@ class Tuned(nn.Module):
         return self.factor * self.base(x)
 
 
+class Speaker(nn.Module):
+    """A language model of two matrices, ids (B, T) -> logits (B, T, words): it looks at one token and guesses the next.
+    The first matrix is frozen."""
+
+    def __init__(self, words: int, width: int):
+        super().__init__()
+        self.table, self.head = nn.Linear(words, width, bias=False), nn.Linear(width, words)
+        self.table.requires_grad_(False)
+
+    def forward(self, ids):
+        return self.head(self.table.weight.T[ids].tanh())
+
+
 class Layer(nn.Module):
     """As minilora's LoRA layer is named."""
 

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from .calls import Call, Failure, short
-from .models import Layer, Pair, Tuned
+from .models import Layer, Pair, Speaker, Tuned
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool)}
-MODULES = {c.__name__: c for c in (nn.Sequential, nn.Linear, nn.LayerNorm, nn.ModuleDict, Pair, Tuned, Layer)}
+MODULES = {c.__name__: c for c in (nn.Sequential, nn.Linear, nn.LayerNorm, nn.ModuleDict, Pair, Tuned, Layer,
+                                   Speaker)}
 NUMBERS, SIDE, DIMENSIONS = 20_000, 4096, 8  # the largest answer of an exercise has some 2,000 numbers
 
 

@@ -66,7 +66,8 @@ def lines(x: Sequence | Mapping[str, Sequence], series: Mapping[str, Sequence], 
 
     Args:
         x: values along x, or a dict of label -> x where the series differ.
-        series: label -> values; those named in `dots` are drawn as markers without a line.
+        series: label -> values; those named in `dots` are drawn as hollow markers without a line, so
+            that a curve under them can be seen.
         logx, logy: logarithmic axes; x is then marked at its own values.
         limit: (label, value) of a horizontal line.
         bands: label -> (low, high), shaded around the curve: the least and the most of several seeds.
@@ -74,7 +75,8 @@ def lines(x: Sequence | Mapping[str, Sequence], series: Mapping[str, Sequence], 
     fig, axes = canvas(title, xlabel, ylabel)
     for i, (label, y) in enumerate(series.items()):
         here = x[label] if isinstance(x, Mapping) else x
-        axes.plot(here, y, label=label, color=SHADES[i % 6], linestyle="none" if label in dots else DASHES[i % 6],
+        around: Any = {"linestyle": "none", "markerfacecolor": "none", "markersize": 9} if label in dots else {}
+        axes.plot(here, y, label=label, color=SHADES[i % 6], **({"linestyle": DASHES[i % 6]} | around),
                   marker=MARKERS[i % 6] if len(here) <= 40 else "")
         if label in bands:
             axes.fill_between(here, *bands[label], color=SHADES[i % 6], alpha=0.2, linewidth=0)

@@ -3,6 +3,7 @@
 from copy import deepcopy
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -171,6 +172,88 @@ def a_fraction(shapes, budget):
     return min(budget / sum(o + i for o, i in shapes), min(min(s) for s in shapes))
 
 
+def trained_with(loss_of, clear=True):
+    """The loop by PyTorch's own optimizer, for a loss of (logits, ids, reply)."""
+    def fit(model, ids, reply, lr, steps):
+        losses, descent = [], torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
+        for _ in range(steps):
+            loss = loss_of(model(ids), ids, reply)
+            if clear:
+                descent.zero_grad()
+            loss.backward()
+            descent.step()
+            losses.append(loss.item())
+        return losses
+    return fit
+
+
+def every_token(logits, ids, reply):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def same_place(logits, ids, reply):
+    return F.cross_entropy(logits.flatten(0, 1), ids.masked_fill(~reply, -100).flatten())
+
+
+def mask_of_the_input(logits, ids, reply):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].masked_fill(~reply[:, :-1], -100).flatten())
+
+
+def mask_of_the_prompt(logits, ids, reply):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].masked_fill(reply[:, 1:], -100).flatten())
+
+
+def masked(logits, ids, reply, reduction="mean"):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].masked_fill(~reply[:, 1:], -100).flatten(),
+                           reduction=reduction)
+
+
+def zeros_count(logits, ids, reply):
+    """The mask times the losses, but the mean is over all places."""
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    return (losses * reply[:, 1:]).mean()
+
+
+def a_mean_a_row(logits, ids, reply):
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none") * reply[:, 1:]
+    return (losses.sum(1) / reply[:, 1:].sum(1)).mean()
+
+
+def climbing(model, ids, reply, lr, steps):
+    losses = []
+    for _ in range(steps):
+        loss = masked(model(ids), ids, reply)
+        gradients = torch.autograd.grad(loss, list(model.head.parameters()))
+        with torch.no_grad():
+            for p, gradient in zip(model.head.parameters(), gradients):
+                p += lr * gradient
+        losses.append(float(loss))
+    return losses
+
+
+def unfreezes(model, ids, reply, lr, steps):
+    for p in model.parameters():
+        p.requires_grad = True
+    return trained_with(masked)(model, ids, reply, lr, steps)
+
+
+def forgets_the_list(model, ids, reply, lr, steps):
+    trained_with(masked)(model, ids, reply, lr, steps)
+
+
+def a_local_name(model, ids, reply, lr, steps):
+    losses = []
+    for _ in range(steps):
+        loss = masked(model(ids), ids, reply)
+        model.zero_grad()
+        loss.backward()
+        for p in model.parameters():
+            if p.requires_grad:
+                p = p - lr * p.grad
+        losses.append(loss.item())
+    return losses
+
+
 WRONG = {
     "find_targets": [
         (substring, "inside a name is not enough"), (no_dot, "must be a dot"), (exact, "whole names only"),
@@ -182,6 +265,13 @@ WRONG = {
         (walk(lambda name, target: target in name), "compare whole names"), (no_return, "wrap must return the model"),
         (in_vain, "nothing is wrapped and nothing is frozen"), (on_a_copy, "not a copy of it"),
         (by_its_name, "use layer(child), the argument")],
+    "fit": [
+        (trained_with(every_token), "the padding are counted too"), (trained_with(same_place), "not shifted"),
+        (trained_with(mask_of_the_input), "one place off"), (trained_with(mask_of_the_prompt), "turned round"),
+        (trained_with(masked, clear=False), "add up: clear them"), (unfreezes, "the frozen weights moved"),
+        (trained_with(lambda *a: masked(*a, reduction="sum")), "expected their mean"), (climbing, "uphill"),
+        (trained_with(zeros_count), "divided by all places"), (trained_with(a_mean_a_row), "a mean for each row"),
+        (forgets_the_list, "the losses are not returned"), (a_local_name, "no step is taken")],
     "largest_rank": [
         (by_the_weights, "not r * d_out * d_in"), (no_limit, "larger than a matrix allows"),
         (at_least_one, "the answer is 0"), (strictly_below, "used up exactly"), (a_fraction, "a whole number"),

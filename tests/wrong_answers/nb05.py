@@ -147,12 +147,63 @@ def right_side(W0, W, k, epsilon):
     return ((V0 @ V[:k].T).abs().max(0).values < epsilon).sum().item()
 
 
+def without_the_scale(B, A, scale):
+    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, S, V = torch.svd(R_B @ R_A.T)
+    return Q_B @ U, S, V.T @ Q_A.T
+
+
+def qr_of_A_itself(B, A, scale):
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A)
+    U, S, Vh = torch.linalg.svd(scale * R_B @ R_A, full_matrices=False)
+    return Q_B @ U, S, Vh @ Q_A
+
+
+def not_transposed(B, A, scale):
+    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(scale * (R_B @ R_A))
+    return Q_B @ U, S, Vh @ Q_A.T
+
+
+def the_middle_alone(B, A, scale):
+    R_B, R_A = torch.linalg.qr(B).R, torch.linalg.qr(A.T).R
+    return torch.linalg.svd(scale * R_B @ R_A.mT)
+
+
+def the_whole_product(B, A, scale):
+    U, S, Vh = torch.linalg.svd(torch.mm(B, A) * scale, full_matrices=False)
+    return U, S, Vh
+
+
+def two_svds(B, A, scale):
+    U, S_B, _ = torch.linalg.svd(B, full_matrices=False)
+    _, S_A, Vh = torch.linalg.svd(A, full_matrices=False)
+    return U, scale * S_B * S_A, Vh
+
+
+def gives_V(B, A, scale):
+    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, S, V = torch.svd(scale * R_B @ R_A.T)
+    return Q_B @ U, S, Q_A @ V
+
+
+def torch_svd_taken_for_linalg(B, A, scale):
+    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, S, Vh = torch.svd(scale * R_B @ R_A.T)
+    return Q_B @ U, S, Vh @ Q_A.T
+
+
 WRONG = {
     "rank_for_energy": [
         (adds_lengths, "the energy is the sum of their squares"), (stops_before, "one too few"),
         (smallest_first, "starts with the smallest"), (big_enough, "compares each singular value with the largest"),
         (plain_rank, "this is the rank itself"), (rooted, "takes the root of the energy"),
         (a_tensor_of_shares, "expected")],
+    "product_svd": [
+        (without_the_scale, "the scale is missing"), (qr_of_A_itself, "take the QR of A.T"), (not_transposed, "the transpose of R_A"),
+        (the_middle_alone, "in the middle: put Q_B in front"), (the_whole_product, "the whole product"),
+        (two_svds, "['S'] is wrong"), (gives_V, "expected Vh"), (torch_svd_taken_for_linalg, "Vh of the middle is transposed")],
     "similarity": [
         (raw_rows, "not orthonormal"), (normalised_rows, "in the order of the rows"), (by_the_larger, "the smaller of"),
         (no_square, "the norm is squared"), (not_divided, "divide by min(i, j)"), (left_vectors, "raised")],

@@ -224,6 +224,44 @@ def wrap_then_freeze(model, target, layer):
     return model
 
 
+def fit_by_the_optimizer(model, ids, reply, lr, steps):
+    descent, losses = torch.optim.SGD(model.parameters(), lr=lr), []
+    targets = ids[:, 1:].masked_fill(~reply[:, 1:], -100)
+    while len(losses) < steps:
+        descent.zero_grad()
+        loss = F.cross_entropy(model(ids)[:, :-1].transpose(1, 2), targets)
+        loss.backward()
+        descent.step()
+        losses.append(loss)
+    return losses
+
+
+def fit_by_autograd(model, ids, reply, lr, steps):
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step():
+        shares = F.log_softmax(model(ids), -1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        loss = -(shares * reply[:, 1:]).sum() / reply[:, 1:].sum()
+        for p, gradient in zip(trained, torch.autograd.grad(loss, trained)):
+            p.data.add_(gradient, alpha=-lr)
+        return float(loss)
+    return [step() for _ in range(steps)]
+
+
+def fit_token_by_token(model, ids, reply, lr, steps):
+    losses = np.zeros(steps)
+    for step in range(steps):
+        logits = model(ids)
+        places = [(b, t) for b in range(len(ids)) for t in range(1, ids.shape[1]) if reply[b, t]]
+        loss = torch.stack([F.cross_entropy(logits[b, t - 1], ids[b, t]) for b, t in places]).mean()
+        model.zero_grad(set_to_none=False)
+        loss.backward()
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
+            p.data -= lr * p.grad
+        losses[step] = loss.item()
+    return losses
+
+
 # ---------------------------------------------------------------- 04
 
 
@@ -303,6 +341,24 @@ def energy_by_numpy(delta, share):
 def energy_by_bisection(delta, share):
     S2 = torch.linalg.svdvals(delta).square()
     return bisect.bisect_left((S2.cumsum(0) / S2.sum()).tolist(), share) + 1
+
+
+def svd_by_the_whole_product(B, A, scale):
+    U, S, V = torch.svd(torch.einsum("or,ri->oi", B, A) * scale)
+    return U[:, :B.shape[1]], S[:B.shape[1]], V.T[:B.shape[1]]
+
+
+def svd_by_numpy(B, A, scale):
+    (Q_B, R_B), (Q_A, R_A) = np.linalg.qr(scale * B.numpy()), np.linalg.qr(A.numpy().T)
+    U, S, Vh = np.linalg.svd(R_B @ R_A.T)
+    return [Q_B @ U, S, Vh @ Q_A.T]
+
+
+def svd_by_two_svds(B, A, scale):
+    U_B, S_B, V_B = torch.linalg.svd(B, full_matrices=False)
+    U_A, S_A, V_A = torch.linalg.svd(A, full_matrices=False)
+    U, S, V = torch.linalg.svd(S_B[:, None] * (V_B @ U_A) * S_A)
+    return U_B @ U, scale * S, V @ V_A
 
 
 def similarity_by_angles(A1, A2, i, j):
@@ -810,6 +866,22 @@ def prepended_in_place(prompt, text):
     return out
 
 
+def attended_by_torch(q, k, v, prefix_k, prefix_v):
+    mask = torch.ones(len(q), len(prefix_k) + len(k), dtype=torch.bool).tril(len(prefix_k))
+    return F.scaled_dot_product_attention(q, torch.cat((prefix_k, k)), torch.cat((prefix_v, v)), attn_mask=mask)
+
+
+def attended_row_by_row(q, k, v, prefix_k, prefix_v):
+    return torch.stack([F.softmax(torch.vstack((prefix_k, k[:t + 1])) @ q[t] / math.sqrt(q.size(-1)), 0)
+                        @ torch.vstack((prefix_v, v[:t + 1])) for t in range(len(q))])
+
+
+def attended_in_two_parts(q, k, v, prefix_k, prefix_v):
+    front = (einsum(q, prefix_k, "t d, n d -> t n") / q.shape[1] ** 0.5).exp()
+    text = (einsum(q, k, "t d, s d -> t s") / q.shape[1] ** 0.5).exp().tril()
+    return (front @ prefix_v + text @ v) / (front.sum(1) + text.sum(1))[:, None]
+
+
 def bottleneck_by_linear(h, down, up):
     return F.linear(nn.GELU()(F.linear(h, down)), up).add(h)
 
@@ -1014,6 +1086,7 @@ RIGHT = {
     "nb02.best_rank_r_error": [error_by_pythagoras, error_by_numpy, error_by_the_matrix],
     "nb02.first_update": [update_by_autograd, update_in_one_product, update_by_rows],
     "nb03.find_targets": [found_by_regex, found_by_parts, found_by_suffixes],
+    "nb03.fit": [fit_by_the_optimizer, fit_by_autograd, fit_token_by_token],
     "nb03.largest_rank": [rank_by_bisection, rank_by_trial, rank_by_numpy],
     "nb03.wrap": [wrap_by_names, wrap_by_recursion, wrap_then_freeze],
     "nb04.alpha_for": [alpha_by_the_scaling, alpha_as_a_fraction,
@@ -1022,6 +1095,7 @@ RIGHT = {
     "nb04.first_adam_update": [adam_by_hand, adam_with_where, adam_itself],
     "nb04.twin": [twin_as_a_list, twin_by_powers, twin_on_a_copy],
     "nb05.rank_for_energy": [energy_in_a_loop, energy_by_numpy, energy_by_bisection],
+    "nb05.product_svd": [svd_by_the_whole_product, svd_by_numpy, svd_by_two_svds],
     "nb05.similarity": [similarity_by_angles, similarity_by_numpy, similarity_by_pairs],
     "nb05.amplification_factor": [amplification_by_projectors, amplification_by_numpy, amplification_the_old_way],
     "nb05.intruders": [intruders_one_by_one, intruders_in_one_sum, intruders_by_difference],
@@ -1052,6 +1126,7 @@ RIGHT = {
     "nb11.streamed": [streamed_by_playing, lambda w, n, h: [max(2 * w, w + h), w * 2 * n - 3 * w + h],
                       lambda w, n, h: (np.maximum(w, h) + w, n * w + h + (n - 3) * w)],
     "nb12.prepend": [prepended_by_repeat, prepended_by_rows, prepended_in_place],
+    "nb12.attend_with_prefix": [attended_by_torch, attended_row_by_row, attended_in_two_parts],
     "nb12.bottleneck": [bottleneck_by_linear, bottleneck_by_erf, bottleneck_by_modules],
     "nb12.fold": [folded_by_einsum, folded_by_the_layer, folded_by_columns],
     "nb13.affordable_rank": [afforded_by_sorting, afforded_by_reduce, afforded_by_numpy],

@@ -114,7 +114,7 @@ def svd_arrows() -> Drawing:
     circle = np.stack([np.cos(angle), np.sin(angle)])
     best = S[0] * np.outer(U[:, 0], Vh[0])
     for x, through, title in ((2.2, np.eye(2), "inputs of length 1"), (7.0, M, "what the matrix makes of them"),
-                              (11.6, best, "what rank 1 keeps of it")):
+                              (11.4, best, "what rank 1 keeps of it")):
         sheet.axes.plot(*(through @ circle + [[x], [2.9]]), color=INK, linewidth=1.0)
         sheet.words(x, 5.9, title, bold=True)
         for k, color in ((0, "#c8425a"), (1, "#2f7fc0")):
@@ -122,7 +122,8 @@ def svd_arrows() -> Drawing:
             if np.hypot(*tip) > 1e-6:
                 sheet.arrow((x, 2.9), (x + tip[0], 2.9 + tip[1]), color=color)
                 name = f"v{k + 1}" if x < 3 else f"{S[k]:.2f} u{k + 1}"
-                sheet.words(x + 1.28 * tip[0] + 0.1, 2.9 + 1.28 * tip[1], name)
+                past = tip * (1 + 0.25 / np.hypot(*tip))  # a quarter of a unit beyond the arrow's tip
+                sheet.words(x + past[0], 2.9 + past[1], name, ha="left")
     sheet.arrow((4.0, 2.9), (4.8, 2.9))
     sheet.arrow((9.4, 2.9), (10.0, 2.9), dashed=True)
     sheet.words(7.0, 0.3, "at right angles before and after; the lengths are the singular values")

@@ -28,7 +28,7 @@ def kept_for_backward(layers: int = 3) -> Drawing:
                 sheet.box(x + 1.7, y + 1.15, 1.3, 0.3, "", "held", 6)
                 sheet.words(x + 2.35, y + 1.65, "their gradient, Adam", 7)
         sheet.words(13.4, y + 0.5, "loss", 9)
-    sheet.words(7.0, 0.15, "yellow: held until backward has used it")
+    sheet.words(7.0, 0.2, "x0, x1, x2: inputs, held until backward has used them; a dashed border: trains")
     return sheet.fig, ("What one step keeps. Full fine-tuning keeps every layer's input, and for every weight "
                        "a gradient "
                        "and two numbers of Adam's. LoRA keeps the inputs too, because A and B need them; gradients and "
@@ -54,15 +54,16 @@ def two_slots(layers: int = 4) -> Drawing:
                 coming.append(names[shard])
                 moved += 1
         for slot, y in ((0, 4.1), (1, 2.6)):
-            held = slots[slot]
-            sheet.box(x, y, width * 0.92, 1.0, names[held], "held" if held == now else "frozen", 8)
+            computes = slots[slot] == now
+            words = names[slots[slot]] + ("\ncomputes" if computes else "")
+            sheet.box(x, y, width * 0.92, 1.0, words, "held" if computes else "frozen", 8)
         for n, name in enumerate(coming):
             sheet.box(x, 1.3 - 0.55 * n, width * 0.92, 0.5, name, "data", 7)
     turn_at = 2.0 + (layers + 1) * width
     sheet.line([(turn_at - 0.04, 0.5), (turn_at - 0.04, 5.3)], dashed=True)
     sheet.words((2.0 + turn_at) / 2, 5.7, "forward", bold=True)
     sheet.words((turn_at + 14.6) / 2, 5.7, "backward", bold=True)
-    sheet.words(7.5, 0.25, "yellow computes, the other slot waits or is being filled")
+    sheet.words(7.5, 0.25, "while one slot computes, the other waits or is being filled")
     return sheet.fig, (f"The streamed base with {layers} layers and a head: never more than two of its {layers + 1} "
                        f"shards are on the card. One computes while the next comes over the bus. At the turn "
                        f"the head and "
