@@ -350,3 +350,19 @@ def test_names_that_no_tensor_bears_out_are_said_in_one_warning(tmp_path):
     assert spectrum.unused == ("rank_pattern 'no_such'", "alpha_pattern 'nor'") == tuple(
         spectrum.to_dict()["unused_settings"])
     assert "keys that match none of its modules: rank_pattern 'no_such', alpha_pattern 'nor'\n" in str(spectrum)
+
+
+def test_peft_subtracts_a_rounded_update_and_drifts():
+    """What notebook 08 says of PEFT: the update is added in fp32 and subtracted in the weight's 16 bits."""
+    model = peft.get_peft_model(MLP().bfloat16(), peft.LoraConfig(r=4, target_modules=["up"], init_lora_weights=False))
+    layer = model.base_model.model.up
+    update, W = layer.get_delta_weight("default"), layer.base_layer.weight.detach().clone()
+    start = W.clone()
+    assert update.dtype == torch.float32
+    for _ in range(100):
+        layer.merge()
+        layer.unmerge()
+        W += update
+        W -= update.bfloat16()
+        assert torch.equal(layer.base_layer.weight, W)
+    assert not torch.equal(W, start)
