@@ -3,6 +3,7 @@
 import json
 import re
 
+import minutes
 import nbformat
 import pages
 import pytest
@@ -34,6 +35,25 @@ def test_links_lead_somewhere(page):
     local = [a or b for a, b in links if not (a or b).startswith("http")]
     assert [link for link in local if not (page.parent / link).is_file()] == []
     assert links or page.parent.name == "docs" or page.name in ("ARCHITECTURE.md", "CHANGELOG.md")
+
+
+@pytest.mark.parametrize("path", pages.NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_minutes_that_a_notebook_names_are_those_of_the_model(path):
+    assert 0.75 < minutes.said(path) / minutes.work(path).minutes < 1.25
+
+
+def test_what_takes_time_is_counted(tmp_path):
+    v4 = nbformat.v4
+    printed = v4.new_output("stream", text="four words are printed\n")
+    book = v4.new_notebook(cells=[
+        v4.new_markdown_cell("# 07 · A title\n\n**Time** 5 minutes. Here $x$ is one.\n\n$$y = 2$$\n\n```\nnot read\n```"),
+        v4.new_code_cell("import torch\n\n# a comment\nx = 1\nprint(x)\nnb07.guess.reveal(None)", outputs=[printed]),
+        v4.new_code_cell("def f(n):\n    ### BEGIN SOLUTION\n    a = n  # twice\n\n    return a + a\n    ### END SOLUTION")])
+    nbformat.write(book, tmp_path / "07_a.ipynb")
+    done = minutes.work(tmp_path / "07_a.ipynb")
+    assert done == minutes.Work(words=9 + 3 + 10, printed=4, code=3, figures=0, predictions=1, exercises=1, written=2)
+    assert done.minutes == pytest.approx(22 / 180 + 4 / 240 + 3 / 12 + 2 + 3 + 3)
+    assert minutes.said(tmp_path / "07_a.ipynb") == 5 and "| 07 | 22 | 4 |" in minutes.table([tmp_path / "07_a.ipynb"])
 
 
 def test_a_claim_is_read_as_it_stands(tmp_path):

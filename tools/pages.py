@@ -3,8 +3,8 @@
 README.md gets the ten lines of examples/ten_lines.py, two of the figures, an answer of the memory calculator and the
 map of the notebooks; docs/CALCULATOR.md how far such answers are off and what was measured on a card;
 docs/PUBLISHED.md the calculator's answers beside published measurements; docs/CLAIMS.md the ledger of claims;
-notebooks/TEACHING.md the misconception behind each wrong answer to a prediction; notebooks/LESSONS.md the usual
-mistakes in each exercise. A generated part stands between
+notebooks/TEACHING.md the misconception behind each wrong answer to a prediction; notebooks/LESSONS.md where the minutes
+come from, and the usual mistakes in each exercise. A generated part stands between
 ``<!-- NAME -->`` and ``<!-- /NAME -->``; nobody types there. A test holds the pages against the notebooks.
 """
 
@@ -23,6 +23,7 @@ import nbformat
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "gpu"))
 
+import minutes
 import run as gpu
 from common import measured_rows
 
@@ -228,7 +229,7 @@ PAGES = {ROOT / "README.md": {"code": code, "figures": figures, "answer": answer
          ROOT / "docs" / "PUBLISHED.md": {"published_summary": published_summary, "published": published_table},
          ROOT / "docs" / "CLAIMS.md": {"ledger": ledger},
          ROOT / "notebooks" / "TEACHING.md": {"misconceptions": misconceptions},
-         ROOT / "notebooks" / "LESSONS.md": {"key": key}}
+         ROOT / "notebooks" / "LESSONS.md": {"minutes": lambda: minutes.table(NOTEBOOKS), "key": key}}
 
 
 def filled(page: Path) -> str:
