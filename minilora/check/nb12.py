@@ -196,12 +196,12 @@ fold = Exercise(
 # ---------------------------------------------------------------- predictions
 
 still_costs = Prediction("c", {
-    "a": "Not everything that was trained has to stay apart: a sum of matrices, a scaled matrix and a bias are plain "
-         "weights again once they are worked out.",
+    "a": "Not everything that was trained has to stay apart: a sum of matrices and a scaled matrix are plain weights "
+         "again once they are worked out.",
     "b": "A product of two matrices can be worked out beforehand, a gelu cannot: it depends on what comes in. And a "
          "token that stands before the text has to be attended to by every token that follows.",
-    "c": "W + sBA is one matrix, and so is W with its rows scaled; a change of a bias is a bias. A bottleneck has a "
-         "gelu inside, and virtual tokens have to be there to be seen.",
+    "c": "W + sBA is one matrix, and so is W with its rows scaled. A bottleneck has a gelu inside, and virtual tokens "
+         "have to be there to be seen. A change of a bias is a bias, and a Llama has none to add it to: it stays.",
     "d": "LoRA has the most, and after merging not one operation more than the base: the count says so.",
 })
 

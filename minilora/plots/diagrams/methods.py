@@ -82,8 +82,9 @@ def relatives() -> Drawing:
     sheet.box(12.5, 3.4, 1.6, 1.0, "adapter", "trains", 8)
     sheet.arrow((11.8, 3.9), (12.5, 3.9))
     sheet.arrow((14.1, 3.9), (14.8, 3.9))
-    sheet.words(7.5, 0.4, "folded into the weights afterwards: LoRA, (IA)3, BitFit; the others stay and cost time")
+    sheet.words(7.5, 0.4, "folded away afterwards: LoRA, (IA)3, and BitFit where the base has biases; the others stay")
     return sheet.fig, ("The family in one block. Prompt tokens stand before the text; a prefix adds keys and values to "
                        "attention; LoRA stands beside a weight; (IA)3 scales keys, values and the MLP's inside; BitFit "
-                       "moves biases; a bottleneck adapter stands behind attention and behind the MLP. LoRA, (IA)3 and "
-                       "BitFit can be folded into the weights; the others cannot.")
+                       "moves biases; a bottleneck adapter stands behind attention and behind the MLP. LoRA and "
+                       "(IA)3 can be folded into the weights, BitFit into the biases that a base has; the others "
+                       "cannot.")
