@@ -37,8 +37,6 @@ NOT_PRICED = {
     "offload-params": "parameters on the host that train are not priced; a frozen base can be: --base host",
     "offload-activations": "TRL's offloading of activations is not priced; --stack unsloth sends layers' inputs to the "
                            "host",
-    "reference-model": "a second model beside the one that trains (DPO) is not priced; with adapters it is the same "
-                       "base, and a batch has two answers for each prompt",
     "generation": "a phase of generation between steps (GRPO) is not priced; --serve prices it by itself",
     "load-in-8bit": "a base in 8 bits is not priced; 4 bits are: --method qlora",
     "tensor-parallel": "matrices that are split over cards are not priced; ZeRO is: --cards and --zero",

@@ -3,8 +3,8 @@
 In the shape comments N is batch x tokens, r the rank; sizes are element counts.
 """
 
+from .families import Bare, Linear
 from .ledger import WIDTH, Tensor, as_view
-from .models import Linear
 from .ops import Ops
 from .run import Run
 
@@ -14,6 +14,7 @@ class OurLinear:
 
     levels = False  # a 4-bit weight comes with tables of levels of its own
     transposed = True  # the gradient of lora_B is laid out anew
+    off = False  # its adapter is passed over
 
     def __init__(self, ops: Ops, linear: Linear, run: Run, adapted: bool):
         self.ops, self.linear, self.run, self.width = ops, linear, run, WIDTH[run.dtype]
@@ -35,7 +36,7 @@ class OurLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         with self.ops.inside(self.linear.name):
-            return self.base(x) if self.A is None else self.adapted(x)
+            return self.base(x) if self.A is None or self.off else self.adapted(x)
 
     def base(self, x: Tensor) -> Tensor:
         if self.codes:
@@ -170,6 +171,69 @@ class PeftLinear(OurLinear):
             return self.ops.new(size, 2, "dense weight")
         absmax = self.ops.new(-(-size // 64), 4, "absmax") if self.run.double_quant else None
         return self.ops.new(size, width, "dense weight")
+
+
+class BareParameter:
+    """A parameter that is no linear's, and PEFT's adapter on it (peft 0.21, `lora.ParamWrapper`): the sum of weight and
+    update is made anew in each forward, as large as the parameter."""
+
+    off = False
+
+    def __init__(self, ops: Ops, stack: Bare, run: Run, adapted: bool):
+        self.ops, self.bare, self.run, self.A, self.B = ops, stack, run, None, None
+        trains, width, rank = run.method == "full", WIDTH[run.outer_dtype], run.rank * stack.fused * stack.count
+        size, rows = stack.count * stack.out, stack.count * (stack.inp if stack.transposed else stack.out)
+        self.weight = ops.weight(size * stack.inp, width, stack.name, trains, rows if stack.inp > 1 else 0)
+        self.bias = ops.weight(size, width, f"{stack.name} bias", trains,
+                               stack.count if stack.count > 1 else 0) if stack.bias else None
+        if trains:
+            ops.stacks[self.weight] = stack.count
+        if adapted:
+            width = WIDTH[run.adapter_dtype]
+            self.A = ops.state(rank * stack.inp, width, "adapters", f"{stack.name} lora_A", True, rank)
+            self.B = ops.state(rank * stack.out, width, "adapters", f"{stack.name} lora_B", True, stack.out)
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """What the sum will be made of: in the weight's dtype B and A of each matrix, or for one matrix their
+        product."""
+        if self.A is None or self.off:
+            return ()
+        ops, stack = self.ops, self.bare
+        with ops.inside(stack.name):
+            if stack.count == 1:
+                update = ops.bmm(self.B, self.A, self.weight.count, "update")
+                return (ops.cast(ops.unary(update, "scaled update"), self.weight.width),)
+            b = ops.view(self.B, copy_back=True)
+            a = ops.view(self.A)
+            return ops.cast(b, self.weight.width), ops.cast(a, self.weight.width)
+
+    def checked(self, factors: tuple[Tensor, ...]) -> None:
+        """torch makes the sum once more when it is registered (`ParametrizationList`)."""
+        if factors:
+            with self.ops.unrecorded():
+                self.folded(factors)
+
+    def folded(self, factors: tuple[Tensor, ...]) -> Tensor:
+        """The weight as the product sees it."""
+        if not factors:
+            return self.weight
+        ops, weight = self.ops, self.weight
+        with ops.inside(self.bare.name):
+            if len(factors) == 1:
+                return ops.add(weight, factors[0], "weight with its update")
+            b, a = factors
+            sizes = [(t.count, t.width) for t in (b, a)]
+
+            def backward(saved, grads, needs):
+                made = []
+                for count, width in sizes:
+                    plain = ops.new(count, width, "gradient")
+                    made.append(ops.new(count, width, "scaled gradient"))
+                    del plain
+                return [None, *made]
+
+            node = ops.node("weight with its update", [weight, b, a], [a, b], backward)
+            return ops.new(weight.count, weight.width, "weight with its update", node=node)
 
 
 def adapted_together(ops: Ops, x: Tensor, linears: list[OurLinear]) -> list[Tensor]:
