@@ -221,6 +221,7 @@ GOOD = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediat
     ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise is not 0"),
     ({"model_type": "mixtral", "output_router_logits": True}, "the loss of routers is not priced in closed form"),
     ({"model_type": "deepseek_v3"}, "a deepseek_v3 config lacks moe_intermediate_size"),
+    ({"model_type": "mixtral", "num_experts_per_tok": 9}, "a token goes through 9 experts, and there are 8"),
     ({"model_type": "llama4_text", "no_rope_layers": [1]}, "no_rope_layers must be a list of 2 entries"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "is no causal language model"),
     ({"model_type": "mistral", "sliding_window": -1}, "sliding_window must be a positive integer"),
@@ -268,10 +269,15 @@ def test_any_config_is_read_or_refused(data):
     kind = data.draw(st.sampled_from(list(FAMILIES)))
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "ffn_dim": 64}
     fields = [*GOOD, *sizes, "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "hidden_act",
-              "resid_pdrop", "attention_dropout", "word_embed_proj_dim", "do_layer_norm_before", "activation_function"]
+              "resid_pdrop", "attention_dropout", "word_embed_proj_dim", "do_layer_norm_before", "activation_function",
+              "num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
+              "n_shared_experts", "n_group", "topk_method", "q_lora_rank", "qk_rope_head_dim", "first_k_dense_replace",
+              "mlp_only_layers", "moe_layers", "no_rope_layers", "layer_types", "router_jitter_noise"]
     changes = data.draw(st.dictionaries(st.sampled_from(fields), JSON, min_size=1, max_size=3))
     try:
-        spec = ModelSpec.from_config({**GOOD, **sizes, "model_type": kind, **changes})
+        experts = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2}
+        spec = ModelSpec.from_config(
+            {**GOOD, **sizes, **(experts if FAMILIES[kind].experts else {}), "model_type": kind, **changes})
     except ValueError:
         return
     assert spec.parameters > 0 and spec.lora_parameters(1, "all-linear") > 0

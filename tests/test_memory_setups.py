@@ -1,4 +1,4 @@
-"""Set-ups beside the plain step: a reference model (DPO), Muon. Closed form and trace say the same."""
+"""Set-ups beside the plain step: a reference model (DPO), Muon, DoRA. Closed form and trace say the same."""
 
 import pytest
 from test_memory_families import SIZES
@@ -53,12 +53,36 @@ def test_muon_keeps_one_number_a_weight():
     assert adamw == 2 * muon == 8 * LLAMA.lora_parameters(16, "all-linear")
 
 
+# so that the peak falls where a layer makes the norms, or where it holds what backward needs
+@pytest.mark.parametrize("options", [
+    {"seq": 8}, {"dtype": "float32"}, {"dtype": "float32", "autocast": True}, {"autocast": True, "checkpointing": True},
+    {"autocast": True, "adapter_dtype": "bfloat16", "seq": 8}, {"stack": "trl", "loss": "chunked"}])
+def test_dora_is_priced_as_it_is_traced(options):
+    by_form, by_trace = both(more={"vocab_size": 40, "attention_bias": True},
+                             **LORA | {"dora": True, "loss": "whole", "stack": "transformers"} | options)
+    assert by_form == by_trace
+
+
+def test_dora_makes_the_whole_weight():
+    """The largest matrix of Llama-3.2-1B is 8192 x 2048: in fp32 with B A, its identity and their sum."""
+    run = Training.of_stack("trl", target_modules=("down_proj",), seq=16)
+    plain, dora = (estimate(LLAMA, Training.of_stack("trl", target_modules=("down_proj",), seq=16, dora=on))
+                   for on in (False, True))
+    assert dora.peak - plain.peak > 3 * 4 * 8192 * 2048
+    assert dora.parts["adapters"] - plain.parts["adapters"] == LLAMA.layers * 4 * LLAMA.hidden
+    assert "DoRA" in estimate(LLAMA, run).run.assumptions() + dora.run.assumptions()
+
+
 @pytest.mark.parametrize("options, words", [
+    ("--dora --method qlora", "DoRA is priced as PEFT has it, on a base of 16 or 32 bits"),
+    ("--dora --cards 2", "one card, no dropout"),
+    ("--model mixtral-8x7b --dora --targets all-linear", "PEFT adapts mlp.gate.weight of mixtral-8x7b, which is no linear"),
     ("--method full --optimizer muon", "torch's Muon takes matrices alone"),
     ("--reference-model --loss whole", "priced as TRL's DPOTrainer has it: stack trl, loss chunked"),
     ("--reference-model --stack unsloth", "priced as TRL's DPOTrainer has it")])
 def test_what_is_no_such_set_up_is_refused(options, words, capsys):
-    assert main(["memory", "--model", "llama-3.2-1b", *options.split()]) == 2
+    model = [] if "--model" in options else ["--model", "llama-3.2-1b"]
+    assert main(["memory", *model, *options.split()]) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
 

@@ -28,7 +28,6 @@ SET_BY_STACKS = {name for stack in STACKS.values() for name in (*stack.defaults,
 
 # what people ask for and what is not priced, each with the reason and what comes nearest
 NOT_PRICED = {
-    "dora": "DoRA's weight norms and what their backward keeps are not priced; a LoRA of that rank needs less",
     "rslora": "rsLoRA changes the scaling alone, and no byte: leave it out",
     "rank-pattern": "ranks that differ from matrix to matrix are not priced; the largest of them as --rank is the most",
     "modules-to-save": "trained copies of whole modules (embedding, head) are not priced; each takes its weights, "

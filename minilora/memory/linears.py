@@ -33,6 +33,8 @@ class OurLinear:
             self.A = ops.state(run.rank * linear.inp, width, "adapters", f"{linear.name} lora_A", True, run.rank)
             self.B = ops.state(run.rank * linear.out, width, "adapters", f"{linear.name} lora_B", True, linear.out)
             self.B.node.copies = self.transposed
+            if run.dora:
+                self.magnitude = ops.state(linear.out, width, "adapters", f"{linear.name} magnitude", True)
 
     def __call__(self, x: Tensor) -> Tensor:
         with self.ops.inside(self.linear.name):
@@ -147,6 +149,8 @@ class PeftLinear(OurLinear):
         width = result.width
         if not (self.codes and ops.autocast):
             x = ops.cast(x, self.A.width)
+        if self.run.dora:
+            return ops.cast(ops.add(result, self.dora(x, result), "sum with DoRA's part"), width)
         inner = ops.linear(ops.dropout(x, self.run.dropout), self.A, rank, what="x A^T", flat=self.linear.flat)
         update = ops.linear(inner, self.B, out, what="x A^T B^T", flat=self.linear.flat)
         del inner
@@ -156,6 +160,40 @@ class PeftLinear(OurLinear):
         result = ops.add(result, update, "sum with the update")
         del update
         return result if self.codes else ops.cast(result, width)
+
+    def dora(self, x: Tensor, base: Tensor) -> Tensor:
+        """`lora.dora.DoraLinearLayer`: the norms of the whole weight, which get no gradient, and what they scale."""
+        ops, rank, out = self.ops, self.run.rank, self.linear.out
+        held, norms = self.norms(x.width)
+        scale = ops.divide(self.magnitude, norms)
+        update = ops.linear(ops.linear(x, self.A, rank, what="x A^T"), self.B, out, what="x A^T B^T")
+        if self.bias is not None:
+            base = ops.subtract(base, self.bias)
+        left = ops.mul(ops.unary(scale, "scale less 1", backward=()), base, "scaled base")
+        right = ops.unary(ops.mul(scale, update, "scaled update"), "update times the scaling")
+        y = ops.add(left, right, "DoRA's part")
+        del held
+        return y
+
+    def norms(self, width: int) -> tuple[list[Tensor], Tensor]:
+        """What lives on while the layer runs, B A by way of the identity and the weight in x's dtype; and the norms."""
+        ops, inp, out = self.ops, self.linear.inp, self.linear.out
+        eye = ops.new(inp * inp, self.A.width, "identity")
+        a = ops.amp(self.A)  # autocast's casts are those of the adapter, and remembered
+        with ops.unrecorded():
+            seen = ops.amp(eye)
+            inner = ops.linear(seen, a, self.run.rank, what="identity A^T")
+        b = ops.amp(self.B)
+        with ops.unrecorded():
+            update = ops.linear(inner, b, out, what="B A")
+            del eye
+            update = ops.cast(update, width)
+            dense = ops.cast(self.weight, width)
+            scaled = ops.unary(update, "scaled B A")
+            total = ops.add(dense, scaled, "weight and update")
+            del scaled
+            norms = ops.new(out, 4 if ops.autocast else width, "norms")
+            return [seen, inner, update, dense], ops.cast(norms, width)
 
     def four_bit_base(self, x: Tensor) -> Tensor:
         """bitsandbytes' `Linear4bit` (0.50): x is cast to the compute dtype, the output back to x's."""

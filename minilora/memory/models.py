@@ -91,6 +91,9 @@ class ModelSpec:
 
     def __post_init__(self):
         object.__setattr__(self, "embedding", self.embedding or self.hidden)
+        if 0 < self.experts < self.experts_a_token:
+            raise ValueError(f"{self.name}: a token goes through {self.experts_a_token} experts, and there are "
+                             f"{self.experts}")
 
     @property
     def layout(self) -> Family:

@@ -37,6 +37,12 @@ class Picking(Ledger):
         self.keep(node, [places])
         return values, places
 
+    def divide(self, x: Tensor, by: Tensor) -> Tensor:
+        """By what asks for no gradient."""
+        size = x.count, max(x.width, by.width)
+        node = self.node("quotient", [x], [by], lambda s, g, n: [self.new(*size, "gradient")])
+        return self.new(*size, "quotient", node=node)
+
     def divide_in_place(self, x: Tensor, by: Tensor) -> Tensor:
         """x /= by, as many rows as `by` has; keeps what x was."""
         before = self.new(x.count, x.width, "before the division") if by.needs else None

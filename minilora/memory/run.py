@@ -57,6 +57,7 @@ class Run:
     accumulation: int = 1
     base: str = "device"
     offload: bool = False
+    dora: bool = False
 
     def __post_init__(self):
         if isinstance(self.target_modules, Iterable) and not isinstance(self.target_modules, str):
@@ -80,6 +81,9 @@ class Run:
         if spec.context and self.tokens > spec.context:
             raise ValueError(f"{self.tokens} tokens are more than the context of {spec.name}, {spec.context}")
         for m in (m for kind, layers in spec.kinds() for m in self.targets(spec, layers[0])):
+            if isinstance(m, Bare) and (self.dropout or self.dora):
+                raise ValueError(f"PEFT adapts {m.name} of {spec.name}, which is no linear, without dropout and "
+                                 "without DoRA alone: leave them out, or name the attention's matrices")
             if m.name in spec.layout.pairs and self.software.peft:
                 raise ValueError(f"{m.name} of {spec.name} gives two tensors, and PEFT's adapter fails on it: name the "
                                  "other matrices, such as q_proj,k_proj,v_proj,o_proj")
@@ -169,6 +173,7 @@ class Training(Run):
             too (ZeRO, 1910.02054; FSDP is stage 3).
         base: where frozen weights live: on the "device"; or in the "host"'s memory or on "disk", from where each layer
             visits the device in forward and again in backward (`stream.py`). Needs a frozen base and checkpointing.
+        dora: adapters have a magnitude too, and every forward makes the whole weight for its norms (2402.09353).
         reference_model: a forward through frozen weights stands between forward and backward, as in DPO: with adapters
             through the same base, else through a second copy. `batch` counts rows: a pair of answers is two.
         offload: a streamed run's saved inputs, one a layer, wait for backward in the host's memory too.
@@ -203,9 +208,14 @@ class Training(Run):
     base: str = "device"
     offload: bool = False
     reference_model: bool = False
+    dora: bool = False
 
     def __post_init__(self):
         super().__post_init__()
+        if self.dora and (self.method != "lora" or not self.software.peft or self.kernels != "torch" or self.dropout
+                          or self.cards > 1 or self.streamed or self.software.reentrant):
+            raise ValueError("DoRA is priced as PEFT has it, on a base of 16 or 32 bits: method lora, stack trl or "
+                             "transformers, one card, no dropout")
         if self.reference_model and (self.loss != "chunked" or not self.software.peft or self.kernels != "torch"
                                      or self.software.reentrant):
             raise ValueError("a reference model is priced as TRL's DPOTrainer has it: stack trl, loss chunked")
@@ -259,7 +269,7 @@ class Training(Run):
                          "none": "nothing upcast"}[self.upcast])
         says += [f"loss {'in chunks' if self.loss == 'chunked' else self.loss}", f"optimizer {self.optimizer}",
                  f"{self.attention} attention", "checkpointing" if self.checkpointing else "no checkpointing"]
-        says += ["a reference model"] * self.reference_model
+        says += ["a reference model"] * self.reference_model + ["DoRA"] * self.dora
         return ", ".join(says + [f"{self.kernels} kernels"] * (self.kernels != "torch"))
 
     @property

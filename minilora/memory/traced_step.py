@@ -34,6 +34,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
                   checkpointing: bool = False, dropout: float = 0.0, device: str = "cpu", loss: str = "whole",
                   adapter_dtype: str = "float32", upcast: str = "all", attention: str = "fused",
                   rows: str = "equal", accumulation: int = 1, reference: bool = False,
+                  dora: bool = False,
                   counted: Callable[[int], object] = lambda count: None) -> Callable[[], None]:
     """Make a model, its data and its optimizer; return the function that runs one step of training on them.
 
@@ -53,6 +54,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
         loss, adapter_dtype, upcast: of transformers' models, as in `run.Training`; loss "whole" or "chunked".
         attention, rows, accumulation: as in `run.Training`; attention not "flash".
         reference: a forward without adapters, or through a frozen copy, follows each forward (`run.Training`).
+        dora: adapters have a magnitude too.
         counted: is told the number of the parameters of a model of transformers', adapters left out.
         device: where a step that really runs has its tensors; fake ones are the CPU's, whatever they follow.
 
@@ -72,7 +74,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
             raise ValueError(f"{what} must be a positive integer below 2^31, got {quoted(value)}")
     if seq > (context := getattr(config, "max_position_embeddings", None) or seq):
         raise ValueError(f"seq {seq} is longer than the model's context of {context}")
-    lora = LoRAConfig(rank, 2 * rank, target_modules, dropout) if method != "full" else None
+    lora = LoRAConfig(rank, 2 * rank, target_modules, dropout, use_dora=dora) if method != "full" else None
     ours = isinstance(config, LlamaConfig)
     theirs = {"chunked": loss == "chunked", "adapters": DTYPES[adapter_dtype], "upcast": upcast == "all",
               "attention": attention, "counted": counted}
