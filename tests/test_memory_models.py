@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from minilora.__main__ import main
 from minilora.memory import Card, ModelSpec
 from minilora.memory.models import FAMILIES, PRESETS
+from minilora.memory.presets import CONFIGS
 
 TOTALS = {
     "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
@@ -40,7 +41,10 @@ TOTALS = {
     "olmo-2-13b": 13_716_198_400, "olmo-2-32b": 32_234_279_936, "olmo-3-7b": 7_298_011_136,
     "olmo-3-32b": 32_233_522_176, "granite-3.1-2b": 2_533_531_648, "granite-3.1-8b": 8_170_848_256,
     "glm-4-9b": 9_400_279_040, "command-r": 34_980_831_232, "command-r-plus": 103_810_674_688,
-    "aya-23-8b": 8_028_033_024,
+    "aya-23-8b": 8_028_033_024, "mixtral-8x7b": 46_702_792_704, "mixtral-8x22b": 140_630_071_296,
+    "qwen3-30b-a3b": 30_532_122_624, "qwen3-235b-a22b": 235_093_634_560, "qwen3-coder-480b-a35b": 480_154_875_392,
+    "gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672, "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v2": 235_741_434_880, "deepseek-v3": 671_026_404_352, "llama-4-scout-text": 107_769_861_120,
 }
 
 # (model, rank, targets): what PEFT prints
@@ -86,16 +90,26 @@ def test_every_total_to_the_last_digit():
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if n != "gpt3-175b"])
 def test_one_layer_and_the_rest_are_those_of_transformers(name):
-    """Two layers and three, so that a layer's share and the rest's are both checked, in seconds."""
+    """Two layers and three, so that a layer's share and the rest's are both checked, in seconds; of experts, before
+    which up to three layers may be dense, four and five."""
     from dataclasses import replace
 
-    for layers in (2, 3):
-        spec = replace(PRESETS[name], layers=layers)
-        model = on_meta(transformers_config(spec))
+    from transformers import AutoConfig
+
+    experts = PRESETS[name].experts
+    for layers in (4, 5) if experts else (2, 3):
+        spec = (ModelSpec.from_config(CONFIGS[name] | {"num_hidden_layers": layers}) if experts
+                else replace(PRESETS[name], layers=layers))
+        model = on_meta(AutoConfig.for_model(**CONFIGS[name] | {"num_hidden_layers": layers}) if experts
+                        else transformers_config(spec))
         assert sum(p.numel() for p in model.parameters()) == spec.parameters
     names = {n for n, _ in model.named_modules()}
+    for m in spec.bare():
+        shape = (m.inp, m.out) if m.transposed else (m.out, m.inp)
+        shape = (m.count, *shape) if m.count > 1 else shape if m.inp > 1 else shape[:1]
+        assert tuple(model.get_parameter(f"{spec.layout.layer}{layers - 1}.{m.name}").shape) == shape
     for m in spec.linears():
-        full = f"{spec.layout.layer}2.{m.name}"
+        full = f"{spec.layout.layer}{layers - 1}.{m.name}"
         assert full in names
         weight = model.get_submodule(full).weight
         assert tuple(weight.shape if spec.family != "gpt2" else weight.T.shape) == (m.out, m.inp)
@@ -109,7 +123,7 @@ def test_what_peft_prints(name, rank, targets):
 
 
 # "mixtral_until_4" is how transformers had it before; no config.json calls itself so
-@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.endswith("_until_4")])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not FAMILIES[family].experts])  # test_memory_experts
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_adapters_are_those_of_peft(family, targets, tmp_path):
     """On a small model of each family, read back from the config.json that transformers writes."""
@@ -202,7 +216,13 @@ GOOD = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediat
     ({"model_type": None}, "no model_type"),
     ({"model_type": "qwen9", "text_config": {}}, "text_config"),
     ({"model_type": "helium"}, "say family llama"),
-    ({"model_type": "mixtral", "num_local_experts": 8}, "layers of several experts are not priced"),
+    ({"model_type": "olmoe", "num_experts": 8}, "layers of several experts are not priced"),
+    ({"model_type": "qwen3_moe", "mlp_only_layers": [7]}, "mlp_only_layers must be a list of numbers from 0 to 1"),
+    ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise is not 0"),
+    ({"model_type": "mixtral", "output_router_logits": True}, "the loss of routers is not priced in closed form"),
+    ({"model_type": "deepseek_v3"}, "a deepseek_v3 config lacks moe_intermediate_size"),
+    ({"model_type": "mixtral", "num_experts_per_tok": 9}, "a token goes through 9 experts, and there are 8"),
+    ({"model_type": "llama4_text", "no_rope_layers": [1]}, "no_rope_layers must be a list of 2 entries"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "is no causal language model"),
     ({"model_type": "mistral", "sliding_window": -1}, "sliding_window must be a positive integer"),
     ({"model_type": "gemma3_text", "layer_types": ["full_attention"]}, "layer_types must be a list of 2 times"),
@@ -249,10 +269,15 @@ def test_any_config_is_read_or_refused(data):
     kind = data.draw(st.sampled_from(list(FAMILIES)))
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "ffn_dim": 64}
     fields = [*GOOD, *sizes, "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "hidden_act",
-              "resid_pdrop", "attention_dropout", "word_embed_proj_dim", "do_layer_norm_before", "activation_function"]
+              "resid_pdrop", "attention_dropout", "word_embed_proj_dim", "do_layer_norm_before", "activation_function",
+              "num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
+              "n_shared_experts", "n_group", "topk_method", "q_lora_rank", "qk_rope_head_dim", "first_k_dense_replace",
+              "mlp_only_layers", "moe_layers", "no_rope_layers", "layer_types", "router_jitter_noise"]
     changes = data.draw(st.dictionaries(st.sampled_from(fields), JSON, min_size=1, max_size=3))
     try:
-        spec = ModelSpec.from_config({**GOOD, **sizes, "model_type": kind, **changes})
+        experts = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2}
+        spec = ModelSpec.from_config(
+            {**GOOD, **sizes, **(experts if FAMILIES[kind].experts else {}), "model_type": kind, **changes})
     except ValueError:
         return
     assert spec.parameters > 0 and spec.lora_parameters(1, "all-linear") > 0

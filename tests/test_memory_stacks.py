@@ -144,7 +144,7 @@ def test_what_is_said_of_quantisation_must_be_an_object():
         ModelSpec.from_config(quantised() | {"quantization_config": 4})
 
 
-@pytest.mark.parametrize("option", ["--dora", "--rank-pattern=q_proj:4", "--offload-optimizer", "--load-in-8bit", "--rslora"])
+@pytest.mark.parametrize("option", ["--tensor-parallel", "--rank-pattern=q_proj:4", "--offload-optimizer", "--load-in-8bit", "--rslora"])
 @pytest.mark.parametrize("command", ["memory", "fit"])
 def test_what_is_not_priced_is_refused_with_the_reason(command, option, capsys):
     assert main([command, "--model", "llama-3-8b", option]) == 2

@@ -16,9 +16,10 @@ from minilora import cli
 SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
          "intermediate_size": 96, "max_position_embeddings": 128, "head_dim": 16, "hidden_act": "silu",
          "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": False}
-# two that have closed forms, and two that only a trace answers
+# three that have closed forms, and two that only a trace answers
 KINDS = {"llama": {}, "gemma3_text": {"sliding_window": 16, "hidden_activation": "gelu_pytorch_tanh"},
-         "helium": {}, "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}}
+         "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+         "helium": {}, "olmoe": {"num_experts": 4, "num_experts_per_tok": 2}}
 WRONG = [None, "", "x", [], [64, 64], {}, {"a": 1}, True, -1, 0, 0.5, 1e308, float("nan"), float("inf"), 2**40, 10**400]
 ROPE = [None, [], "yarn", {"rope_type": "nothing"}, {"rope_type": None}, {"rope_type": "yarn", "factor": "x"},
         {"rope_type": "default", "rope_theta": float("nan")}, {"rope_type": "llama3"}]

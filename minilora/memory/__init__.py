@@ -7,8 +7,8 @@ The walk of an estimate, `estimate(ModelSpec.preset("llama-3-8b"), Training(meth
    the files of `decoders/`; each is read when a model of it is first asked for.
 3. `simulate` plays the step on a ledger: the decoder of that family (`decoders/`, with `linears` and `activations`)
    makes its weights and its forward, `losses` ends it, `ledger` runs the graph back, the optimizer's entry plays its
-   step. `ledger` notes when each storage is born and dies; `ops` has torch's operators on it, `fsdp` what other cards'
-   shares add.
+   step. `ledger` notes when each storage is born and dies; `picking` and `ops` have torch's operators on it, `fsdp`
+   what other cards' shares add.
 4. `bill` plays four layers and five (a turn more, where kinds of layers take turns), follows the line through the two
    to the real number, finds the moment at which most is held, and adds up what is held then by part and name. `costs`
    adds what moves.
@@ -21,8 +21,8 @@ that have no closed form.
 
 Who imports whom, each only what stands to its left:
 
-    config_file, stacks, presets, packages, ledger < fsdp, ops < activations, losses, optimizers < models < run
-        < costs, linears < decoders/ < simulate < bill < fitting, claims, published < cli
+    config_file, stacks, presets, packages, ledger < fsdp, picking < ops < activations, losses, optimizers < families
+        < models < run < costs, linears < decoders/ < simulate < bill < fitting, claims, published < cli
         (cards < fitting; optimizers, run, losses < traced_losses < traced_models < traced_step < traced_bill < cli)
 
 Only `tracer`, `cuda` and the `traced_...` import torch, and only when they are used.

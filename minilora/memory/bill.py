@@ -6,12 +6,13 @@ played (or as many more as a turn has), and the line through the two is followed
 milliseconds for any size.
 """
 
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from ..tables import bytes_text, table
-from .costs import moved, weight_bytes
+from .costs import all_layers_bytes, moved, weight_bytes
 from .ledger import Ledger
 from .models import ModelSpec
 from .run import BASES, Serving, Training
@@ -70,8 +71,9 @@ class Bill:
         return self.elsewhere("disk")
 
     def elsewhere(self, place: str) -> int:
-        layer, outer = weight_bytes(self.spec, self.run)
-        base = self.spec.layers * layer + outer if self.run.base == place else 0
+        base = 0
+        if self.run.base == place:
+            base = all_layers_bytes(self.spec, self.run) + weight_bytes(self.spec, self.run)[1]
         inputs = self.moved.get("saved inputs, away and back", 0) // 2 // self.run.accumulation
         return base + inputs * (place == "host")
 
@@ -89,7 +91,8 @@ class Bill:
                 for part, size in self.parts.items()]
         items = [(row.part, row.name, row.count, row.bytes, bytes_text(row.bytes))
                  for row in sorted(self.rows, key=lambda row: -row.bytes)[:12]]
-        rest = [f"{what}: {bytes_text(size)} a step" for what, size in self.moved.items()]
+        rest = [textwrap.fill(line, 98) for line in self.spec.layout.remarks(self.spec, self.run)]
+        rest += [f"{what}: {bytes_text(size)} a step" for what, size in self.moved.items()]
         rest += [f"on the {place}: {bytes_text(size)}" for place in BASES[1:] if (size := self.elsewhere(place))]
         return "\n\n".join((
             f"peak {bytes_text(self.peak)} ({self.peak:,} bytes) at: {self.moment}",

@@ -28,7 +28,6 @@ SET_BY_STACKS = {name for stack in STACKS.values() for name in (*stack.defaults,
 
 # what people ask for and what is not priced, each with the reason and what comes nearest
 NOT_PRICED = {
-    "dora": "DoRA's weight norms and what their backward keeps are not priced; a LoRA of that rank needs less",
     "rslora": "rsLoRA changes the scaling alone, and no byte: leave it out",
     "rank-pattern": "ranks that differ from matrix to matrix are not priced; the largest of them as --rank is the most",
     "modules-to-save": "trained copies of whole modules (embedding, head) are not priced; each takes its weights, "
@@ -37,8 +36,6 @@ NOT_PRICED = {
     "offload-params": "parameters on the host that train are not priced; a frozen base can be: --base host",
     "offload-activations": "TRL's offloading of activations is not priced; --stack unsloth sends layers' inputs to the "
                            "host",
-    "reference-model": "a second model beside the one that trains (DPO) is not priced; with adapters it is the same "
-                       "base, and a batch has two answers for each prompt",
     "generation": "a phase of generation between steps (GRPO) is not priced; --serve prices it by itself",
     "load-in-8bit": "a base in 8 bits is not priced; 4 bits are: --method qlora",
     "tensor-parallel": "matrices that are split over cards are not priced; ZeRO is: --cards and --zero",

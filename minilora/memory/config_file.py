@@ -41,6 +41,20 @@ class Fields:
             raise ValueError(f"{self.name}: {key} must be a positive integer of a sensible size, got {quoted(value)}")
         return value
 
+    def either(self, field: str, other: str, default: int) -> int:
+        """A size that stands under one of two names."""
+        return self.size(field if self.config.get(field) is not None else other, default)
+
+    def numbers(self, field: str, below: int) -> tuple[int, ...]:
+        """A list of layers' numbers; none if it is not there."""
+        value = self.config.get(field)
+        if value is None:
+            return ()
+        if not isinstance(value, (list, tuple)) or not all(type(n) is int and 0 <= n < below for n in value):
+            raise ValueError(f"{self.name}: {field} must be a list of numbers from 0 to {below - 1}, got "
+                             f"{quoted(value)}")
+        return tuple(value)
+
     def window(self, default: int) -> int:
         """Tokens that attention looks back, 0: to the first, which is what null says."""
         return 0 if "sliding_window" in self.config and self.config["sliding_window"] is None else self.size(

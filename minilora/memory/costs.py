@@ -18,17 +18,33 @@ def gptq_bytes(out: int, inp: int, group: int, zeros: bool = False) -> int:
 
 
 def weight_bytes(spec: ModelSpec, run: Run) -> tuple[int, int]:
-    """The model's weights as stored, without adapters: of a layer, and of what stands outside the layers."""
-    width = WIDTH[run.outer_dtype]
-    matrices = spec.linears()
+    """The model's weights as stored, without adapters: of a layer, the largest if they differ, and of what stands
+    outside the layers."""
+    return max(layer_bytes(kind, run) for kind, _ in spec.kinds()), spec.outer_parameters * WIDTH[run.outer_dtype]
+
+
+def all_layers_bytes(spec: ModelSpec, run: Run) -> int:
+    """Of all layers' weights as stored, without adapters."""
+    return sum(len(layers) * layer_bytes(kind, run) for kind, layers in spec.kinds())
+
+
+def layer_bytes(kind: ModelSpec, run: Run) -> int:
+    """Of one layer's weights as stored, without adapters."""
+    width, matrices = WIDTH[run.outer_dtype], kind.linears()
     if run.method != "qlora":
-        return spec.layer_parameters * width, spec.outer_parameters * width
-    biases, norms = sum(m.out * m.bias for m in matrices), spec.layout.norms * spec.norm_parameters
+        return kind.layer_parameters * width
+    biases, norms = sum(m.out * m.bias for m in matrices), kind.layout.norms * kind.norm_parameters
     if run.quantisation == "gptq":
         four_bit = sum(gptq_bytes(m.out, m.inp, run.group) for m in matrices)
     else:
         four_bit = sum(four_bit_bytes(m.out * m.inp, run.double_quant) for m in matrices)
-    return four_bit + biases * WIDTH[run.dtype] + norms * width, spec.outer_parameters * width
+    rest = norms + sum(s.parameters for s in kind.bare())
+    return four_bit + biases * WIDTH[run.dtype] + rest * width
+
+
+def adapter_parameters(spec: ModelSpec, run: Run) -> int:
+    """Of the adapters of a layer, the one with most of them if layers differ."""
+    return max(sum(m.adapter(run.rank) for m in run.targets(spec, layers[0])) for _, layers in spec.kinds())
 
 
 def preparation(spec: ModelSpec, run: Run) -> int:
@@ -36,15 +52,14 @@ def preparation(spec: ModelSpec, run: Run) -> int:
     table both versions of it are there. 0 where nothing is prepared."""
     if not run.upcasts or run.upcast != "all":
         return 0
-    layer, outer = weight_bytes(spec, run)
-    return spec.layers * layer + outer + spec.vocab * spec.embedding * WIDTH[run.dtype]
+    return all_layers_bytes(spec, run) + weight_bytes(spec, run)[1] + spec.vocab * spec.embedding * WIDTH[run.dtype]
 
 
 def visitors(spec: ModelSpec, run: Training) -> list[tuple[str, int]]:
     """Weights that are on the device for a while: of a streamed base, or of one that is sharded, gathered from all
     cards. While a layer computes, the next one is fetched."""
     layer, outer = weight_bytes(spec, run)
-    adapters = sum(4 * run.rank * (m.inp + m.out) for m in run.targets(spec))
+    adapters = 4 * adapter_parameters(spec, run)
     if run.streamed:
         return [("a layer", layer), ("the next layer, or the head", max(layer, head_bytes(spec, run)))]
     if run.zero == 3 and run.software.fsdp1:
@@ -57,7 +72,7 @@ def visitors(spec: ModelSpec, run: Training) -> list[tuple[str, int]]:
 def gathered_layer(spec: ModelSpec, run: Training) -> int:
     """What torch's first FSDP gathers of a layer: its parameters, adapters in their dtype; of a 4-bit base the codes
     alone, as the rest of it are no parameters."""
-    adapters = sum(WIDTH[run.adapter_dtype] * run.rank * (m.inp + m.out) for m in run.targets(spec))
+    adapters = WIDTH[run.adapter_dtype] * adapter_parameters(spec, run)
     norms, matrices = spec.layout.norms * spec.norm_parameters, sum(m.out * m.inp for m in spec.linears())
     if run.method != "qlora":
         return spec.layer_parameters * WIDTH[run.dtype] + adapters
@@ -80,8 +95,9 @@ def moved(spec: ModelSpec, run: Run) -> dict[str, int]:
     if not isinstance(run, Training):
         return {}
     layer, outer = weight_bytes(spec, run)
-    weights = spec.layers * layer + outer
-    trained = (weights if run.method == "full" else 4 * spec.lora_parameters(run.rank, run.target_modules))
+    weights = all_layers_bytes(spec, run) + outer
+    trained = (weights if run.method == "full"
+               else 4 * spec.lora_parameters(run.rank, run.target_modules, run.software.peft))
     if run.streamed:
         rows = run.batch * run.seq * spec.embedding * WIDTH[run.dtype]
         # two layers stay where the pass turns round: the last one at the head, the first two between steps
@@ -105,8 +121,14 @@ def flops(spec: ModelSpec, run: Training) -> int:
     multiply-and-add. Forward, again if recomputed, the inputs' gradients, and if they train the weights'."""
     full = run.method == "full"
     passes, tokens = 2 + run.checkpointing + full, run.batch * run.seq
-    layer = 2 * sum(m.out * m.inp for m in spec.linears())
+    layers = sum(len(layers) * active(kind) for kind, layers in spec.kinds())
     # scores and their product with the values, half of them masked; backward makes five products of two
-    attention = 2 * run.seq * spec.heads * spec.head_dim * (1 + run.checkpointing + 2.5)
+    attention = spec.layers * 2 * run.seq * spec.heads * spec.head_dim * (1 + run.checkpointing + 2.5)
     head = 2 * spec.vocab * spec.embedding * (2 + full)
-    return int(tokens * (spec.layers * (layer * passes + attention) + head)) * run.accumulation
+    return int(tokens * (2 * layers * passes + attention + head)) * run.accumulation
+
+
+def active(kind: ModelSpec) -> int:
+    """Weights of a layer's matrices that a token goes through."""
+    experts = sum(s.out * s.inp * min(s.count, kind.experts_a_token or 1) for s in kind.bare())
+    return sum(m.out * m.inp for m in kind.linears()) + experts

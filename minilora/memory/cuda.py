@@ -94,6 +94,7 @@ def follow_cuda(stack: ExitStack) -> None:
         library.impl("scaled_dot_product_attention", attention, "AutogradCPU")
         library.impl("rms_norm", FusedRMSNorm.run, "AutogradCPU")
         library.impl("dropout", dropout, "AutogradCPU")
+        library.impl("_grouped_mm", GroupedMM.run, "AutogradCPU")
         for name in IN_FP32 + TO_FP32:
             library.impl(name, autocast_kernel(name, name in IN_FP32), "AutocastCPU")
         for name in NOT_CAST:
@@ -151,6 +152,30 @@ class FusedRMSNorm(torch.autograd.Function):
         x, weight, _ = ctx.saved_tensors  # once: checkpointing computes them again at this moment
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         return dx, None, torch.empty_like(weight) if ctx.needs_input_grad[2] else None
+
+
+class GroupedMM(torch.autograd.Function):
+    """Rows (S, in), sorted by their matrix of (E, in, out) -> (S, out), of any dtype: what is no bfloat16 goes matrix
+    by matrix into one result (GroupedBlas.cpp, `_grouped_mm_fallback`), which fake tensors do not know. Not followed:
+    that a last dimension is rounded up to 16 bytes."""
+
+    @staticmethod
+    def run(x, matrices, offs=None, bias=None, out_dtype=None) -> Tensor:
+        return GroupedMM.apply(x, matrices, offs)
+
+    @staticmethod
+    def forward(ctx, x, matrices, offs):
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs[1] else None, matrices if needs[0] else None, offs)
+        ctx.like = [(t.shape, t.stride(), t.dtype) for t in (x, matrices)]
+        return x.new_empty(x.shape[0], matrices.shape[-1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        _ = ctx.saved_tensors  # once, as above
+        made = [torch.empty_strided(shape, stride, dtype=dtype, device=grad.device) if needed else None
+                for needed, (shape, stride, dtype) in reversed(list(zip(ctx.needs_input_grad, ctx.like)))]
+        return made[1], made[0], None
 
 
 def dropout(x: Tensor, p: float, train: bool) -> Tensor:

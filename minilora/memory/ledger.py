@@ -111,7 +111,8 @@ class Ledger:
 
     Attributes:
         items: every storage there was. moments: one (phase, layer, what) per operator that allocated.
-        leaves: what trains, with its number of rows. layers: the layer of each.
+        leaves: what trains, with its number of rows. layers: the layer of each. stacks: of those that are several
+            matrices, how many.
         align: storages are rounded up to a multiple of it, as CUDA's allocator does.
         shares: part -> of how many cards this one keeps its share of the part; 0: it keeps nothing of it.
         stored: part -> bytes of an element as it is kept, where that is not as it is computed with.
@@ -135,6 +136,7 @@ class Ledger:
         self.casts: dict[Tensor, Tensor] = {}
         self.leaves: list[tuple[Tensor, int]] = []
         self.layers: dict[Tensor, int | None] = {}
+        self.stacks: dict[Tensor, int] = {}
 
     # Storages
 

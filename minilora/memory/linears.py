@@ -3,8 +3,8 @@
 In the shape comments N is batch x tokens, r the rank; sizes are element counts.
 """
 
+from .families import Bare, Linear
 from .ledger import WIDTH, Tensor, as_view
-from .models import Linear
 from .ops import Ops
 from .run import Run
 
@@ -14,6 +14,7 @@ class OurLinear:
 
     levels = False  # a 4-bit weight comes with tables of levels of its own
     transposed = True  # the gradient of lora_B is laid out anew
+    off = False  # its adapter is passed over
 
     def __init__(self, ops: Ops, linear: Linear, run: Run, adapted: bool):
         self.ops, self.linear, self.run, self.width = ops, linear, run, WIDTH[run.dtype]
@@ -32,10 +33,12 @@ class OurLinear:
             self.A = ops.state(run.rank * linear.inp, width, "adapters", f"{linear.name} lora_A", True, run.rank)
             self.B = ops.state(run.rank * linear.out, width, "adapters", f"{linear.name} lora_B", True, linear.out)
             self.B.node.copies = self.transposed
+            if run.dora:
+                self.magnitude = ops.state(linear.out, width, "adapters", f"{linear.name} magnitude", True)
 
     def __call__(self, x: Tensor) -> Tensor:
         with self.ops.inside(self.linear.name):
-            return self.base(x) if self.A is None else self.adapted(x)
+            return self.base(x) if self.A is None or self.off else self.adapted(x)
 
     def base(self, x: Tensor) -> Tensor:
         if self.codes:
@@ -146,6 +149,8 @@ class PeftLinear(OurLinear):
         width = result.width
         if not (self.codes and ops.autocast):
             x = ops.cast(x, self.A.width)
+        if self.run.dora:
+            return ops.cast(ops.add(result, self.dora(x, result), "sum with DoRA's part"), width)
         inner = ops.linear(ops.dropout(x, self.run.dropout), self.A, rank, what="x A^T", flat=self.linear.flat)
         update = ops.linear(inner, self.B, out, what="x A^T B^T", flat=self.linear.flat)
         del inner
@@ -155,6 +160,40 @@ class PeftLinear(OurLinear):
         result = ops.add(result, update, "sum with the update")
         del update
         return result if self.codes else ops.cast(result, width)
+
+    def dora(self, x: Tensor, base: Tensor) -> Tensor:
+        """`lora.dora.DoraLinearLayer`: the norms of the whole weight, which get no gradient, and what they scale."""
+        ops, rank, out = self.ops, self.run.rank, self.linear.out
+        held, norms = self.norms(x.width)
+        scale = ops.divide(self.magnitude, norms)
+        update = ops.linear(ops.linear(x, self.A, rank, what="x A^T"), self.B, out, what="x A^T B^T")
+        if self.bias is not None:
+            base = ops.subtract(base, self.bias)
+        left = ops.mul(ops.unary(scale, "scale less 1", backward=()), base, "scaled base")
+        right = ops.unary(ops.mul(scale, update, "scaled update"), "update times the scaling")
+        y = ops.add(left, right, "DoRA's part")
+        del held
+        return y
+
+    def norms(self, width: int) -> tuple[list[Tensor], Tensor]:
+        """What lives on while the layer runs, B A by way of the identity and the weight in x's dtype; and the norms."""
+        ops, inp, out = self.ops, self.linear.inp, self.linear.out
+        eye = ops.new(inp * inp, self.A.width, "identity")
+        a = ops.amp(self.A)  # autocast's casts are those of the adapter, and remembered
+        with ops.unrecorded():
+            seen = ops.amp(eye)
+            inner = ops.linear(seen, a, self.run.rank, what="identity A^T")
+        b = ops.amp(self.B)
+        with ops.unrecorded():
+            update = ops.linear(inner, b, out, what="B A")
+            del eye
+            update = ops.cast(update, width)
+            dense = ops.cast(self.weight, width)
+            scaled = ops.unary(update, "scaled B A")
+            total = ops.add(dense, scaled, "weight and update")
+            del scaled
+            norms = ops.new(out, 4 if ops.autocast else width, "norms")
+            return [seen, inner, update, dense], ops.cast(norms, width)
 
     def four_bit_base(self, x: Tensor) -> Tensor:
         """bitsandbytes' `Linear4bit` (0.50): x is cast to the compute dtype, the output back to x's."""
@@ -170,6 +209,69 @@ class PeftLinear(OurLinear):
             return self.ops.new(size, 2, "dense weight")
         absmax = self.ops.new(-(-size // 64), 4, "absmax") if self.run.double_quant else None
         return self.ops.new(size, width, "dense weight")
+
+
+class BareParameter:
+    """A parameter that is no linear's, and PEFT's adapter on it (peft 0.21, `lora.ParamWrapper`): the sum of weight and
+    update is made anew in each forward, as large as the parameter."""
+
+    off = False
+
+    def __init__(self, ops: Ops, stack: Bare, run: Run, adapted: bool):
+        self.ops, self.bare, self.run, self.A, self.B = ops, stack, run, None, None
+        trains, width, rank = run.method == "full", WIDTH[run.outer_dtype], run.rank * stack.fused * stack.count
+        size, rows = stack.count * stack.out, stack.count * (stack.inp if stack.transposed else stack.out)
+        self.weight = ops.weight(size * stack.inp, width, stack.name, trains, rows if stack.inp > 1 else 0)
+        self.bias = ops.weight(size, width, f"{stack.name} bias", trains,
+                               stack.count if stack.count > 1 else 0) if stack.bias else None
+        if trains:
+            ops.stacks[self.weight] = stack.count
+        if adapted:
+            width = WIDTH[run.adapter_dtype]
+            self.A = ops.state(rank * stack.inp, width, "adapters", f"{stack.name} lora_A", True, rank)
+            self.B = ops.state(rank * stack.out, width, "adapters", f"{stack.name} lora_B", True, stack.out)
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """What the sum will be made of: in the weight's dtype B and A of each matrix, or for one matrix their
+        product."""
+        if self.A is None or self.off:
+            return ()
+        ops, stack = self.ops, self.bare
+        with ops.inside(stack.name):
+            if stack.count == 1:
+                update = ops.bmm(self.B, self.A, self.weight.count, "update")
+                return (ops.cast(ops.unary(update, "scaled update"), self.weight.width),)
+            b = ops.view(self.B, copy_back=True)
+            a = ops.view(self.A)
+            return ops.cast(b, self.weight.width), ops.cast(a, self.weight.width)
+
+    def checked(self, factors: tuple[Tensor, ...]) -> None:
+        """torch makes the sum once more when it is registered (`ParametrizationList`)."""
+        if factors:
+            with self.ops.unrecorded():
+                self.folded(factors)
+
+    def folded(self, factors: tuple[Tensor, ...]) -> Tensor:
+        """The weight as the product sees it."""
+        if not factors:
+            return self.weight
+        ops, weight = self.ops, self.weight
+        with ops.inside(self.bare.name):
+            if len(factors) == 1:
+                return ops.add(weight, factors[0], "weight with its update")
+            b, a = factors
+            sizes = [(t.count, t.width) for t in (b, a)]
+
+            def backward(saved, grads, needs):
+                made = []
+                for count, width in sizes:
+                    plain = ops.new(count, width, "gradient")
+                    made.append(ops.new(count, width, "scaled gradient"))
+                    del plain
+                return [None, *made]
+
+            node = ops.node("weight with its update", [weight, b, a], [a, b], backward)
+            return ops.new(weight.count, weight.width, "weight with its update", node=node)
 
 
 def adapted_together(ops: Ops, x: Tensor, linears: list[OurLinear]) -> list[Tensor]:

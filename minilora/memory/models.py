@@ -4,182 +4,21 @@ A `Family` knows under which names Hugging Face keeps a decoder's matrices and h
 sizes (`ModelSpec`) it gives every matrix, so the exact parameter total, and what an adapter on any of them costs.
 """
 
-import pkgutil
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property, lru_cache
-from importlib import import_module
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from ..config import ALL_LINEAR, LoRAConfig
 from ..tables import plain, quoted
-from .activations import ACTIVATIONS
 from .config_file import Fields, read_config, read_quantisation, suggest
+from .families import FAMILIES, Bare, Linear, NotPriced
+from .families import Family as Family
+from .families import register as register
 from .presets import CONFIGS
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One matrix of a layer; its weight is seen as (out, in).
-
-    flat: its input has two dimensions, (tokens, in), so that torch needs no view of it.
-    """
-
-    name: str  # inside the layer
-    out: int
-    inp: int
-    bias: bool
-    flat: bool = False
-
-    @property
-    def parameters(self) -> int:
-        return self.out * (self.inp + self.bias)
-
-
-class NotPriced(ValueError):
-    """A config that is right, of a model that has no closed form here."""
-
-
-# ---------------------------------------------------------------- families
-
-
-class Family:
-    """A Hugging Face architecture: where it keeps its matrices, how its config.json is read, who plays its step.
-
-    A family is a subclass in a file of `decoders/`, registered by `@register`; it says what differs from this one.
-    """
-
-    model_type: str
-    decoder: type  # the `decoders.decoder.Decoder` of transformers' code
-    own_decoder: type | None = None  # and of ours, where `llama.Llama` can be this family
-
-    # where the matrices are
-    layer: str  # what comes before a layer's number
-    qkv: tuple[str, ...]  # three names, or one: fused
-    out: str
-    up: tuple[str, ...]  # two names (gate, up), or one: no gate, or both fused
-    down: str
-    targets: tuple[str, ...]  # what PEFT adapts when told nothing
-
-    # what it does that others do not
-    gated = False  # the MLP multiplies two projections
-    rms = False  # RMSNorm, which has no bias; else LayerNorm
-    grouped = False  # it may have fewer key/value heads than heads, and says how wide a head is
-    biased = False  # every linear has a bias
-    qkv_bias = False  # q, k and v have one even so
-    norms = 2  # in a layer
-    embedding_norm = False
-    position_offset: int | None = None  # learned positions, the first in this row; None: it has no table of them
-
-    # in config.json: what sizes are called there, fields that others call otherwise, and what holds if it is silent
-    names: Mapping[str, str] = {}
-    widens: int | None = None  # the MLP's width in hidden sizes
-    tied = False
-    activation, activation_field = "silu", "hidden_act"
-    dropout, dropout_field = 0.0, "hidden_dropout"  # of what goes into the residual stream
-    attention_dropout, attention_dropout_field = 0.0, "attention_dropout"
-    attention_bias_field = mlp_bias_field = ""  # "": as `biased` says
-    experts = False  # its layers have several MLPs, and a token goes through some of them
-    window: int | None = None  # how many tokens back it sees, if its config is silent; 0: to the first; None: always
-
-    def linears(self, spec: "ModelSpec") -> tuple[Linear, ...]:
-        """The matrices of one layer, in the order in which the layer uses them."""
-        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        outs = (q, kv, kv) if len(self.qkv) == 3 else (q + 2 * kv,)
-        ups = spec.ffn * (1 + (self.gated and len(self.up) == 1))
-        return (*(Linear(name, out, spec.hidden, spec.qkv_bias) for name, out in zip(self.qkv, outs)),
-                Linear(self.out, spec.hidden, q, spec.out_bias),
-                *(Linear(name, ups, spec.hidden, spec.mlp_bias) for name in self.up),
-                Linear(self.down, spec.hidden, spec.ffn, spec.mlp_bias))
-
-    def extra_norms(self, spec: "ModelSpec") -> dict[str, int]:
-        """Norms inside a layer that are not as wide as the residual stream: name -> width."""
-        return {}
-
-    def kind(self, spec: "ModelSpec", layer: int) -> object:
-        """What tells a layer's step from another's; where all say the same, layers are alike."""
-        return spec.pattern[layer] if spec.pattern else None
-
-    def check(self, run: Any) -> None:
-        """Refuse what of this family's step is not priced."""
-
-    def read(self, config: Fields) -> dict[str, Any]:
-        """A config.json as the sizes of a `ModelSpec`.
-
-        Raises:
-            ValueError: a field that is missing or makes no sense.
-        """
-        hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-        kv_heads = config.size("num_key_value_heads", heads) if self.grouped else heads
-        if "head_dim" not in config.config and hidden % heads:
-            raise ValueError(f"{config.name}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
-        if heads % kv_heads:
-            raise ValueError(f"{config.name}: num_attention_heads {heads} is no multiple of num_key_value_heads "
-                             f"{kv_heads}")
-        learned = self.position_offset is not None  # then the table has a row for each position
-        context = config.size("max_position_embeddings", None if learned else 0)
-        bias = config.flag(self.attention_bias_field, self.biased) if self.attention_bias_field else self.biased
-        return {
-            "layers": config.size("num_hidden_layers"), "hidden": hidden, "heads": heads, "kv_heads": kv_heads,
-            "head_dim": config.size("head_dim", hidden // heads) if self.grouped else hidden // heads,
-            "ffn": config.size("intermediate_size", self.widens and self.widens * hidden),
-            "vocab": config.size("vocab_size"), "context": context,
-            "tied": config.flag("tie_word_embeddings", self.tied),
-            "positions": context + config.size("position_offset", self.position_offset, 0) if learned else 0,
-            "qkv_bias": bias or self.qkv_bias, "out_bias": bias,
-            "mlp_bias": config.flag(self.mlp_bias_field, False) if self.mlp_bias_field else bias and self.biased,
-            "activation": config.word(self.activation_field, self.activation, tuple(ACTIVATIONS)),
-            "window": config.window(self.window) if self.window is not None else 0,
-            "dropout": config.share(self.dropout_field, self.dropout),
-            "attention_dropout": config.share(self.attention_dropout_field, self.attention_dropout)}
-
-
-class Families(MutableMapping[str, Family]):
-    """model_type -> family: those in files of `decoders/`, each read when it is first asked for, and any set here."""
-
-    no_family = ("decoder", "hugging_face", "minilora", "several_kinds")  # files that families share
-    unlisted = ("mixtral_until_4",)  # no config.json calls itself so
-
-    def __init__(self):
-        self.read: dict[str, Family] = {}
-
-    @cached_property
-    def files(self) -> tuple[str, ...]:
-        found = (m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "decoders")]))
-        return tuple(name for name in found if name not in self.no_family)
-
-    def __getitem__(self, kind: str) -> Family:
-        if kind not in self.read and kind in self.files:
-            import_module(f"{__package__}.decoders.{kind}")  # it registers itself
-        return self.read[kind]
-
-    def __setitem__(self, kind: str, family: Family) -> None:
-        self.read[kind] = family
-
-    def __delitem__(self, kind: str) -> None:
-        del self.read[kind]
-
-    def __contains__(self, kind: object) -> bool:
-        return kind in self.read or kind in self.files
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(name for name in dict.fromkeys((*self.files, *self.read)) if name not in self.unlisted)
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-
-FAMILIES = Families()
-
-
-def register(family: type[Family]) -> type[Family]:
-    """Decorator: make a family known under its model_type."""
-    FAMILIES[family.model_type] = family()
-    return family
 
 
 # ---------------------------------------------------------------- shapes
@@ -200,11 +39,16 @@ class ModelSpec:
         embedding: width of the token embedding; hidden, but in OPT-350M.
         last_norm: whether a norm stands before the head (all but OPT-350M).
         experts, experts_a_token: MLPs of a layer, and how many of them a token goes through; 0: there is one MLP.
+        expert_ffn, shared_ffn: the width of such an MLP, and of one beside them that every token goes through.
+        groups: that experts are in, where a token chooses groups first. norm_shares: whether the shares of a token's
+            experts are made to sum to one.
+        q_rank, kv_rank: widths through which q, and k and v, are made (DeepSeek's latent attention), 0: none;
+            rope_dim: how much of a head turns there; value_dim: of a head of v, 0: head_dim.
         quantised: how its linears are stored, if in 4 bits, "nf4" or "gptq"; group: weights to a scale in GPTQ, 0: all
             of a column.
         window: how many tokens back its attention sees, 0: to the first; pattern: the kind of each layer, where
             there are several; rotary: the share of a head that turns; qk_norm: q and k have norms, where a family
-            leaves that open.
+            leaves that open; scaled_queries: q is scaled by its position, where it does not turn (Llama 4).
     """
 
     name: str
@@ -235,9 +79,21 @@ class ModelSpec:
     pattern: tuple[str, ...] = ()
     rotary: float = 1.0
     qk_norm: bool = False
+    scaled_queries: bool = False
+    expert_ffn: int = 0
+    shared_ffn: int = 0
+    groups: int = 0
+    norm_shares: bool = True
+    q_rank: int = 0
+    kv_rank: int = 0
+    rope_dim: int = 0
+    value_dim: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "embedding", self.embedding or self.hidden)
+        if 0 < self.experts < self.experts_a_token:
+            raise ValueError(f"{self.name}: a token goes through {self.experts_a_token} experts, and there are "
+                             f"{self.experts}")
 
     @property
     def layout(self) -> Family:
@@ -252,10 +108,31 @@ class ModelSpec:
         """Of one norm."""
         return self.hidden * (1 if self.layout.rms else 2)
 
+    def bare(self) -> tuple[Bare, ...]:
+        """The parameters of one layer that are no linears and no norms, such as experts."""
+        return self.layout.bare(self)
+
+    def at(self, layer: int) -> "ModelSpec":
+        """The model as this layer has it: what is said of one layer is said of this one."""
+        return self.layout.at(self, layer)
+
+    def kinds(self) -> list[tuple["ModelSpec", list[int]]]:
+        """The kinds of layers, each as `at`, with the numbers of the layers that are of it."""
+        if not self.pattern:
+            return [(self, list(range(self.layers)))]
+        numbers: dict[ModelSpec, list[int]] = {}
+        pattern = self.pattern[:self.layers]
+        for kind in dict.fromkeys(pattern):
+            layers = [i for i, other in enumerate(pattern) if other == kind]
+            numbers.setdefault(self.at(layers[0]), []).extend(layers)
+        return list(numbers.items())
+
     @property
     def layer_parameters(self) -> int:
+        """Of one layer."""
         extra = sum(self.layout.extra_norms(self).values())
-        return sum(m.parameters for m in self.linears()) + self.layout.norms * self.norm_parameters + extra
+        matrices = sum(m.parameters for m in (*self.linears(), *self.bare()))
+        return matrices + self.layout.norms * self.norm_parameters + extra
 
     @property
     def outer_parameters(self) -> int:
@@ -266,21 +143,25 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
-        return self.layers * self.layer_parameters + self.outer_parameters
+        return sum(len(layers) * kind.layer_parameters for kind, layers in self.kinds()) + self.outer_parameters
 
-    def targets(self, wanted: str | Iterable[str] | None = None) -> tuple[Linear, ...]:
-        """The matrices of a layer that LoRA adapts, by the rules of `LoRAConfig.target_modules`.
+    def targets(self, wanted: str | Iterable[str] | None = None, layer: int = -1, by_peft: bool = True,
+                ) -> tuple[Linear | Bare, ...]:
+        """The matrices of a layer (the last, unless said) that LoRA adapts, by `LoRAConfig.target_modules`' rules.
 
-        None means what PEFT adapts by default in this family.
+        None means what PEFT adapts by default in this family. `by_peft`: as PEFT reads names that transformers 5 no
+        longer has, so that stacked experts are adapted too.
 
         Raises:
             ValueError: a target that matches no matrix, or not the same ones in every layer.
         """
-        return adapted(self, wanted if wanted is None or isinstance(wanted, str) else tuple(wanted))
+        wanted = wanted if wanted is None or isinstance(wanted, str) else tuple(wanted)
+        return adapted(self, wanted, by_peft)[self.at(layer)]
 
-    def lora_parameters(self, rank: int, wanted: str | Iterable[str] | None = None) -> int:
-        """What a LoRA of this rank trains: rank (in + out) a matrix (LoRA, section 4.2)."""
-        return self.layers * sum(rank * (m.inp + m.out) for m in self.targets(wanted))
+    def lora_parameters(self, rank: int, wanted: str | Iterable[str] | None = None, by_peft: bool = True) -> int:
+        """What a LoRA of this rank trains."""
+        return sum(len(layers) * sum(m.adapter(rank) for m in self.targets(wanted, layers[0], by_peft))
+                   for _, layers in self.kinds())
 
     @classmethod
     def preset(cls, name: str) -> "ModelSpec":
@@ -324,24 +205,70 @@ class ModelSpec:
         return cls(name=plain(config.get("_name_or_path") or name, 80), family=kind, **sizes)
 
 
+Targets = dict[ModelSpec, tuple[Linear | Bare, ...]]  # by kinds of layers
+
+
 @lru_cache(maxsize=256)  # one bill asks for it thirty times, and every layer's names are looked at
-def adapted(spec: ModelSpec, wanted: str | tuple[str, ...] | None) -> tuple[Linear, ...]:
-    linears = spec.linears()
+def adapted(spec: ModelSpec, wanted: str | tuple[str, ...] | None, by_peft: bool) -> Targets:
+    kinds = [(kind, kind.linears(), layers) for kind, layers in spec.kinds()]
+    wanted = spec.layout.targets if wanted is None else wanted
+    was = {name: stack for kind, _ in spec.kinds() for stack in kind.bare() for name in stack.was} if by_peft else {}
+    stacks: set[str] = set()
+    if was:
+        wanted, stacks = renamed(spec, wanted, was)
     if wanted == ALL_LINEAR:
-        return linears
-    config = LoRAConfig(target_modules=spec.layout.targets if wanted is None else wanted)  # pyright: ignore[reportArgumentType]
-    short = [m.name.rpartition(".")[2] for m in linears]
-    for entry in [wanted] if isinstance(wanted, str) else config.target_modules:
+        return {kind: linears for kind, linears, _ in kinds}
+    found: dict[ModelSpec, set[Linear]] = {kind: set() for kind, *_ in kinds}
+    for entry in [wanted] if isinstance(wanted, str) else LoRAConfig(target_modules=wanted).target_modules if (
+            wanted or not stacks) else ():
         one = LoRAConfig(target_modules=entry if isinstance(wanted, str) else (entry,))
-        hits = [{m for m in linears if one.matches(f"{spec.layout.layer}{i}.{m.name}")} for i in range(spec.layers)]
-        if not any(hits):
-            near = get_close_matches(entry.lower(), [*short, ALL_LINEAR], 3, 0.5)
-            raise ValueError(f"target {entry!r} matches no linear of a layer of {spec.name}; "
-                             + (f"near it: {', '.join(near)}" if near else f"there are: {', '.join(short)}"))
-        if any(h != hits[0] for h in hits):
+        hits = {kind: [{m for m in linears if one.matches(f"{spec.layout.layer}{i}.{m.name}")} for i in layers]
+                for kind, linears, layers in kinds}
+        if not any(any(several) for several in hits.values()):
+            raise no_such_target(spec, entry, was)
+        if any(hit != several[0] for several in hits.values() for hit in several):
             raise ValueError(f"target {entry!r} means other matrices in one layer than in another; the bill is "
-                             f"made for layers that are alike. There are: {', '.join(short)}")
-    return tuple(m for m in linears if config.matches(f"{spec.layout.layer}0.{m.name}"))
+                             f"made for layers that are alike. There are: {', '.join(short_names(spec))}")
+        for kind, several in hits.items():
+            found[kind] |= several[0]
+    return {kind: (*(m for m in linears if m in found[kind]), *(s for s in kind.bare() if s.name in stacks))
+            for kind, linears, _ in kinds}
+
+
+def renamed(spec: ModelSpec, wanted: str | tuple[str, ...], was: dict[str, Bare]) -> tuple[tuple[str, ...], set[str]]:
+    """Targets as PEFT 0.21 reads them of a model whose experts transformers 4 had as linears: what is left to match,
+    and the stacks that are adapted (`transformers_weight_conversion._convert_peft_config_moe`). A name that experts'
+    linears had means no other linear any more, such as those of an MLP beside them."""
+    linears = [(m, layers) for kind, layers in spec.kinds() for m in kind.linears()]
+    if wanted == ALL_LINEAR:
+        wanted = (*dict.fromkeys(m.name.rpartition(".")[2] for m, _ in linears), *was)
+    elif isinstance(wanted, str):
+        config = LoRAConfig(target_modules=wanted)
+        matches = lambda name, layers: any(config.matches(f"{spec.layout.layer}{i}.{name}") for i in layers)
+        before = [(f"{s.name.removesuffix('.weight').rpartition('.')[0]}.{name}", name) for name, s in was.items()]
+        wanted = tuple(dict.fromkeys((*(m.name.rpartition(".")[2] for m, layers in linears if matches(m.name, layers)),
+                                      *(name for full, name in before if matches(full, range(spec.layers)))))) or wanted
+        if isinstance(wanted, str):
+            raise no_such_target(spec, wanted, was)
+    old = lambda target: next((name for name in was if target == name or target.endswith(f".{name}")), None)
+    asked = {name for target in wanted if (name := old(target))}
+    for stack in was.values():
+        here = asked & set(stack.was)
+        if 0 < len(here) < stack.fused:
+            raise ValueError(f"PEFT adapts {' and '.join(stack.was)} of {spec.name} together or not at all, as they "
+                             f"are one parameter, {stack.name}; got {', '.join(sorted(here))} alone")
+    return tuple(target for target in wanted if not old(target)), {was[name].name for name in asked}
+
+
+def short_names(spec: ModelSpec) -> list[str]:
+    return list(dict.fromkeys(m.name.rpartition(".")[2] for kind, _ in spec.kinds() for m in kind.linears()))
+
+
+def no_such_target(spec: ModelSpec, entry: str, was: Iterable[str]) -> ValueError:
+    short = [*short_names(spec), *was]
+    near = get_close_matches(entry.lower(), [*short, ALL_LINEAR], 3, 0.5)
+    return ValueError(f"target {entry!r} matches no linear of a layer of {spec.name}; "
+                      + (f"near it: {', '.join(near)}" if near else f"there are: {', '.join(short)}"))
 
 
 def unknown_family(kind: object, config: Mapping, name: str) -> str:

@@ -8,18 +8,12 @@ In the shape comments a tensor is (count, width): how many elements, and bytes o
 
 from typing import overload
 
-from .ledger import Ledger, Tensor, as_view
+from .ledger import Tensor, as_view
+from .picking import Picking
 
 
-class Ops(Ledger):
+class Ops(Picking):
     """A ledger on which a decoder, a loss or an optimizer is played."""
-
-    def cast(self, x: Tensor, width: int) -> Tensor:
-        if x.width == width:
-            return x
-        size = x.count, x.width
-        node = self.node("cast", [x], [], lambda s, g, n: [self.new(*size, "cast gradient")])
-        return self.new(x.count, width, "cast", node=node)
 
     def amp_width(self, x: Tensor) -> int:
         return 2 if self.autocast else x.width
@@ -95,13 +89,6 @@ class Ops(Ledger):
     def copy(self, x: Tensor, back: bool = False) -> Tensor:
         """x laid out anew; with `back` its gradient too."""
         return self.unary(x, "copy", backward=("gradient",) if back else ())
-
-    def view(self, x: Tensor, copy_back: bool = False) -> Tensor:
-        """x in another shape; a node of its own, which may have to lay the gradient out anew."""
-        count, width = x.count, x.width
-        node = self.node("view", [x], [], lambda s, g, n: [
-            self.new(count, width, "gradient, laid out") if copy_back else as_view(g[0])])
-        return Tensor(x.count, x.width, x.storage, node)
 
     def linear(self, x: Tensor, w: Tensor, out: int, bias: Tensor | None = None, what: str = "output",
                flat: bool = False) -> Tensor:
@@ -180,9 +167,10 @@ class Ops(Ledger):
         return self.new(ids.count * width, size, "output", node=node)
 
     def fused_attention(self, q: Tensor, k: Tensor, v: Tensor, stats: int, mask: tuple[int, int] | None = None,
-                        ) -> Tensor:
+                        out: int = 0) -> Tensor:
         """One kernel; keeps q, k, v, the result, the log-sum-exp of every row (`stats` of them, fp32), a seed, and of
-        a mask over (batch, tokens, tokens), if there is one, what is added to the scores."""
+        a mask over (batch, tokens, tokens), if there is one, what is added to the scores. out: elements of the result,
+        if they are not as many as q's."""
         v, k, q = self.amp(v), self.amp(k), self.amp(q)
         sizes = [(t.count, t.width) for t in (q, k, v)]
         bias = self.added_mask(*mask, q.width) if mask else None
@@ -191,10 +179,10 @@ class Ops(Ledger):
             return [self.new(*size, f"gradient of {'qkv'[i]}", also=i > 0) for i, size in enumerate(sizes)]
 
         node = self.node("attention", [q, k, v], [q, k, v, bias], back)
-        out = self.new(q.count, q.width, "output", node=node)
+        y = self.new(out or q.count, q.width, "output", node=node)
         rest = [self.new(*size, also=True) for size in ((stats, 4, "log-sum-exp"), (2, 8, "seed"), (1, 8, "seed"))]
-        self.keep(node, [out, *rest])
-        return out
+        self.keep(node, [y, *rest])
+        return y
 
     def added_mask(self, batch: int, seq: int, width: int) -> Tensor:
         """A mask of truth values as what is added to the scores: 0 and -inf, rows of a multiple of 8 (torch's

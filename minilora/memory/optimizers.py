@@ -101,8 +101,8 @@ def from_bitsandbytes(name: str) -> Callable:
 
 
 def adafactor_state(ops: Ops, leaf: Tensor, rows: int) -> list[Tensor]:
-    """Row and column means of a matrix, all of a vector (Shazeer & Stern 2018, 1804.04235)."""
-    sizes = [rows, leaf.count // rows] if rows else [leaf.count]
+    """Row and column means of a matrix or of each in a stack, all of a vector (Shazeer & Stern 2018, 1804.04235)."""
+    sizes = [rows, leaf.count // rows * ops.stacks.get(leaf, 1)] if rows else [leaf.count]
     return [ops.state(size, leaf.width, "optimizer", "second moment") for size in sizes]
 
 
@@ -110,12 +110,12 @@ def adafactor(ops: Ops, leaves: Leaves) -> None:
     """`torch.optim.Adafactor`, one weight after the other. A loop's variables keep the last weight's tensors until the
     next one's are there: two updates meet."""
     for leaf, rows in leaves:
-        ops.place, width = ("optimizer", ops.layers[leaf]), leaf.width
+        ops.place, width, stack = ("optimizer", ops.layers[leaf]), leaf.width, ops.stacks.get(leaf, 1)
         if rows:
             row_mean = ops.new(rows, width, "mean of rows")
-            column_mean = ops.new(leaf.count // rows, width, "mean of columns")
+            column_mean = ops.new(leaf.count // rows * stack, width, "mean of columns")
             estimate = ops.new(leaf.count, width, "second moment")
-            mean = ops.new(1, width, "mean of row means")
+            mean = ops.new(stack, width, "mean of row means")
             del mean
         else:
             square = ops.new(leaf.count, width, "square")
@@ -154,12 +154,34 @@ def make_lion(parameters, lr: float):
     return Lion(parameters, {})
 
 
+# ---------------------------------------------------------------- Muon
+
+
+def muon(ops: Ops, leaves: Leaves) -> None:
+    """`torch.optim.Muon`, one matrix after the other: five steps of Newton and Schulz in bfloat16, each by the product
+    of the matrix with itself on its shorter side."""
+    for leaf, rows in leaves:
+        ops.place, side = ("optimizer", ops.layers[leaf]), min(rows, leaf.count // rows)
+        update = ops.new(leaf.count, leaf.width, "gradient and momentum")
+        x = ops.cast(update, 2)
+        norms = [ops.new(1, 2, name) for name in ("norm", "norm and a little")]
+        del norms
+        for _ in range(5):
+            gram = ops.new(side * side, 2, "product with itself")
+            polynomial = ops.new(side * side, 2, "polynomial of the product")
+            x = ops.new(leaf.count, 2, "nearer to orthogonal")
+        del gram, polynomial
+        update = x
+        del x
+
+
 OPTIMIZERS = {
     "adamw": Optimizer(full_states("adam m", "adam v"), adamw, from_torch("AdamW")),
     "sgd": Optimizer(full_states(), in_place, from_torch("SGD")),
     "momentum": Optimizer(full_states("momentum"), in_place, from_torch("SGD", momentum=0.9)),
     "adafactor": Optimizer(adafactor_state, adafactor, from_torch("Adafactor")),
     "lion": Optimizer(full_states("momentum"), lion, make_lion),
+    "muon": Optimizer(full_states("momentum"), muon, from_torch("Muon")),
     "adamw_fused": Optimizer(fused_state, in_place, from_torch("AdamW", fused=True)),
     "adamw8bit": Optimizer(adamw_8bit_state, in_place, from_bitsandbytes("AdamW8bit")),
     "paged_adamw": Optimizer(paged_adamw_state, in_place, from_bitsandbytes("PagedAdamW32bit")),

@@ -1,6 +1,8 @@
 """The models whose shapes are known: of each the fields of its published config.json that make its shape.
 
-A new one is one more entry, with any field that its family reads. `models.PRESETS` are the shapes.
+A new one is one more entry, with any field that its family reads. `models.PRESETS` are the shapes. Sources: the
+config.json beside each model's weights on the hub, and for models of several experts also the training scripts of slime
+(scripts/models) and transformers' own defaults, which are those of gpt-oss-120b, DeepSeek-V3 and Llama-4-Scout.
 """
 
 from typing import Any
@@ -35,6 +37,36 @@ def gemma3(layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, f
            window: int) -> Config:
     return llama(layers, hidden, heads, kv_heads, ffn, vocab, context, True, "gemma3_text", head_dim=head_dim,
                  sliding_window=window)
+
+
+def experts(base: Config, number: int, a_token: int, ffn: int, **more) -> Config:
+    """With layers of several experts, in the words of Qwen3-MoE."""
+    return base | {"num_experts": number, "num_experts_per_tok": a_token, "moe_intermediate_size": ffn, **more}
+
+
+def mixtral(layers: int, hidden: int, heads: int, ffn: int, vocab: int, context: int) -> Config:
+    base = llama(layers, hidden, heads, 8, ffn, vocab, context, model_type="mixtral", sliding_window=None)
+    return base | {"num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+def qwen3_moe(layers: int, hidden: int, heads: int, ffn: int, number: int, width: int, context: int) -> Config:
+    base = llama(layers, hidden, heads, 4 if number == 128 else 8, ffn, 151936, context, model_type="qwen3_moe",
+                 head_dim=128)
+    return experts(base, number, 8, width, norm_topk_prob=True)
+
+
+def gpt_oss(layers: int, number: int) -> Config:
+    base = llama(layers, 2880, 64, 8, 2880, 201088, 131072, model_type="gpt_oss", head_dim=64, sliding_window=128)
+    return base | {"num_local_experts": number, "num_experts_per_tok": 4}
+
+
+def deepseek(kind: str, layers: int, hidden: int, heads: int, ffn: int, vocab: int, q_rank: int | None, number: int,
+             shared: int, a_token: int, width: int, dense: int, **more) -> Config:
+    base = llama(layers, hidden, heads, heads, ffn, vocab, 163840, model_type=kind)
+    return base | {"q_lora_rank": q_rank, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+                   "v_head_dim": 128, "n_routed_experts": number, "n_shared_experts": shared,
+                   "num_experts_per_tok": a_token, "moe_intermediate_size": width, "first_k_dense_replace": dense,
+                   **more}
 
 
 CONFIGS: dict[str, Config] = {
@@ -130,5 +162,22 @@ CONFIGS: dict[str, Config] = {
     "glm-4-9b": llama(40, 4096, 32, 2, 13696, 151552, 32768, model_type="glm4", head_dim=128, attention_bias=True),
     "command-r": llama(40, 8192, 64, 64, 22528, 256000, 8192, True, "cohere"),
     "command-r-plus": llama(64, 12288, 96, 8, 33792, 256000, 131072, True, "cohere", use_qk_norm=True),
+    "mixtral-8x7b": mixtral(32, 4096, 32, 14336, 32000, 32768),
+    "mixtral-8x22b": mixtral(56, 6144, 48, 16384, 32768, 65536),
+    "qwen3-30b-a3b": qwen3_moe(48, 2048, 32, 6144, 128, 768, 40960),
+    "qwen3-235b-a22b": qwen3_moe(94, 4096, 64, 12288, 128, 1536, 40960),
+    "qwen3-coder-480b-a35b": qwen3_moe(62, 6144, 96, 8192, 160, 2560, 262144),
+    # as weights of 16 bits; published are the experts in MXFP4
+    "gpt-oss-20b": gpt_oss(24, 32),
+    "gpt-oss-120b": gpt_oss(36, 128),
+    "deepseek-v2-lite": deepseek("deepseek_v2", 27, 2048, 16, 10944, 102400, None, 64, 2, 6, 1408, 1),
+    "deepseek-v2": deepseek("deepseek_v2", 60, 5120, 128, 12288, 102400, 1536, 160, 2, 6, 1536, 1, n_group=8,
+                            topk_group=3, topk_method="group_limited_greedy"),
+    # and R1; without the layer that guesses a second token, which transformers leaves out. Published in fp8
+    "deepseek-v3": deepseek("deepseek_v3", 61, 7168, 128, 18432, 129280, 1536, 256, 1, 8, 2048, 3, n_group=8,
+                            topk_group=4),
+    "llama-4-scout-text": llama(48, 5120, 40, 8, 8192, 202048, 10485760, model_type="llama4_text", head_dim=128,
+                                intermediate_size_mlp=16384, num_local_experts=16, num_experts_per_tok=1,
+                                interleave_moe_layer_step=1),
     "aya-23-8b": llama(32, 4096, 32, 8, 14336, 256000, 8192, True, "cohere"),
 }

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from ..config import is_number
 from .config_file import suggest
+from .families import Bare, Linear
 from .ledger import WIDTH
-from .models import Linear, ModelSpec
+from .models import ModelSpec
 from .optimizers import OPTIMIZERS
 from .stacks import STACKS, Stack
 
@@ -56,6 +57,7 @@ class Run:
     accumulation: int = 1
     base: str = "device"
     offload: bool = False
+    dora: bool = False
 
     def __post_init__(self):
         if isinstance(self.target_modules, Iterable) and not isinstance(self.target_modules, str):
@@ -78,8 +80,14 @@ class Run:
                              f"{spec.quantised}, got method {self.method}, quantisation {self.quantisation}")
         if spec.context and self.tokens > spec.context:
             raise ValueError(f"{self.tokens} tokens are more than the context of {spec.name}, {spec.context}")
-        for m in self.targets(spec):
-            if self.rank > min(m.out, m.inp):
+        for m in (m for kind, layers in spec.kinds() for m in self.targets(spec, layers[0])):
+            if isinstance(m, Bare) and (self.dropout or self.dora):
+                raise ValueError(f"PEFT adapts {m.name} of {spec.name}, which is no linear, without dropout and "
+                                 "without DoRA alone: leave them out, or name the attention's matrices")
+            if m.name in spec.layout.pairs and self.software.peft:
+                raise ValueError(f"{m.name} of {spec.name} gives two tensors, and PEFT's adapter fails on it: name the "
+                                 "other matrices, such as q_proj,k_proj,v_proj,o_proj")
+            if isinstance(m, Linear) and self.rank > min(m.out, m.inp):
                 raise ValueError(f"rank {self.rank} is larger than {m.name} allows: its weight is {m.out} x {m.inp}, "
                                  f"so at most {min(m.out, m.inp)}")
         if self.own_decoder(spec):
@@ -90,8 +98,13 @@ class Run:
                 raise ValueError("our decoder has no mask between rows that are packed; rows packed is of the other "
                                  "stacks, such as stack trl")
 
-    def targets(self, spec: ModelSpec) -> tuple[Linear, ...]:
+    def targets(self, spec: ModelSpec, layer: int = -1) -> tuple[Linear | Bare, ...]:
         """The matrices of a layer that have an adapter."""
+        return spec.targets(self.target_modules, layer, self.software.peft) if self.adapts else ()
+
+    @property
+    def adapts(self) -> bool:
+        """Whether there are adapters."""
         raise NotImplementedError
 
     def own_decoder(self, spec: ModelSpec) -> bool:
@@ -132,7 +145,8 @@ class Training(Run):
         rank, target_modules, dropout: LoRA's, as in `LoRAConfig`; targets None: what PEFT adapts in this family.
         batch, seq: rows of one forward, and tokens in each.
         accumulation: forwards whose gradients are summed before the optimizer's step.
-        optimizer: "adamw" (torch's foreach), "adamw_fused", "sgd", "momentum", "adafactor", "lion", or bitsandbytes'
+        optimizer: "adamw" (torch's foreach), "adamw_fused", "sgd", "momentum", "adafactor", "lion", "muon" (of
+            adapters, which are matrices), or bitsandbytes'
             "adamw8bit", "paged_adamw" and "paged_adamw8bit", whose states may leave the device: here they have.
         dtype: of the weights ("bfloat16", "float16", "float32").
         adapter_dtype: of PEFT's adapters; ours are fp32.
@@ -159,6 +173,9 @@ class Training(Run):
             too (ZeRO, 1910.02054; FSDP is stage 3).
         base: where frozen weights live: on the "device"; or in the "host"'s memory or on "disk", from where each layer
             visits the device in forward and again in backward (`stream.py`). Needs a frozen base and checkpointing.
+        dora: adapters have a magnitude too, and every forward makes the whole weight for its norms (2402.09353).
+        reference_model: a forward through frozen weights stands between forward and backward, as in DPO: with adapters
+            through the same base, else through a second copy. `batch` counts rows: a pair of answers is two.
         offload: a streamed run's saved inputs, one a layer, wait for backward in the host's memory too.
 
     Raises:
@@ -190,9 +207,18 @@ class Training(Run):
     zero: int = 0
     base: str = "device"
     offload: bool = False
+    reference_model: bool = False
+    dora: bool = False
 
     def __post_init__(self):
         super().__post_init__()
+        if self.dora and (self.method != "lora" or not self.software.peft or self.kernels != "torch" or self.dropout
+                          or self.cards > 1 or self.streamed or self.software.reentrant):
+            raise ValueError("DoRA is priced as PEFT has it, on a base of 16 or 32 bits: method lora, stack trl or "
+                             "transformers, one card, no dropout")
+        if self.reference_model and (self.loss != "chunked" or not self.software.peft or self.kernels != "torch"
+                                     or self.software.reentrant):
+            raise ValueError("a reference model is priced as TRL's DPOTrainer has it: stack trl, loss chunked")
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if self.zero and self.cards == 1:
@@ -202,6 +228,9 @@ class Training(Run):
                              "or qlora), checkpointing, and one card")
         if self.offload and not self.streamed:
             raise ValueError("offload is of a streamed run: say base host or disk too")
+        if self.optimizer == "muon" and self.method == "full":
+            raise ValueError("torch's Muon takes matrices alone, and with method full norms train too: the usual mix "
+                             "of Muon and AdamW is not priced; of adapters it is (method lora)")
         if not self.software.peft:
             for name, only in (("adapter_dtype", "float32"), ("kernels", "torch"), ("upcast", "all"),
                                ("quantisation", "nf4")):
@@ -240,6 +269,7 @@ class Training(Run):
                          "none": "nothing upcast"}[self.upcast])
         says += [f"loss {'in chunks' if self.loss == 'chunked' else self.loss}", f"optimizer {self.optimizer}",
                  f"{self.attention} attention", "checkpointing" if self.checkpointing else "no checkpointing"]
+        says += ["a reference model"] * self.reference_model + ["DoRA"] * self.dora
         return ", ".join(says + [f"{self.kernels} kernels"] * (self.kernels != "torch"))
 
     @property
@@ -257,8 +287,9 @@ class Training(Run):
                    ("frozen weights", "trainable weights", "adapters"))[:self.zero]
         return {part: self.cards for stage in sharded for part in stage}
 
-    def targets(self, spec: ModelSpec) -> tuple[Linear, ...]:
-        return spec.targets(self.target_modules) if self.method != "full" else ()
+    @property
+    def adapts(self) -> bool:
+        return self.method != "full"
 
 
 @dataclass(frozen=True)
@@ -304,5 +335,6 @@ class Serving(Run):
     def tokens(self) -> int:
         return self.prompt + self.new
 
-    def targets(self, spec: ModelSpec) -> tuple[Linear, ...]:
-        return spec.targets(self.target_modules) if self.adapters else ()
+    @property
+    def adapts(self) -> bool:
+        return self.adapters > 0

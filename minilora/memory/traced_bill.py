@@ -157,6 +157,7 @@ def traced(config: Any, run: Training) -> tuple[Trace, int]:
                                  run.dtype, run.autocast, run.checkpointing, run.dropout, loss=run.loss,
                                  adapter_dtype=run.adapter_dtype, upcast=run.upcast,
                                  attention=run.attention, rows=run.rows, accumulation=run.accumulation,
+                                 reference=run.reference_model, dora=run.dora,
                                  counted=counted.append)
         with trace() as t:
             step()

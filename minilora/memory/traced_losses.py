@@ -62,8 +62,9 @@ def with_fused_head(model: nn.Module) -> None:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def forward(input_ids: Tensor, labels: Tensor, **_) -> Tensor:
-        hidden, labels = base.base_model(input_ids=input_ids).last_hidden_state[:, :-1], labels[:, 1:]
+    def forward(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, **_) -> Tensor:
+        out = base.base_model(input_ids=input_ids, attention_mask=attention_mask)
+        hidden, labels = out.last_hidden_state[:, :-1], labels[:, 1:]
         mask = labels != -100
         rows = Rows.apply(hidden, mask)
         targets = labels.new_empty(mask.numel())

@@ -206,7 +206,8 @@ def adapted(model: nn.Module, lora: LoRAConfig, dtype: torch.dtype, task: str | 
         if not any(entry_matches(target, name) for name in names):
             raise ValueError(f"target {quoted(target)} matches no module of the architecture")
     model = peft.get_peft_model(model, peft.LoraConfig(task_type=task, r=lora.rank, lora_alpha=lora.alpha,
-                                                       target_modules=targets, lora_dropout=lora.dropout))
+                                                       target_modules=targets, lora_dropout=lora.dropout,
+                                                       use_dora=lora.use_dora))
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.to(dtype)

@@ -1,9 +1,11 @@
 """The standard training step to trace, of our decoder or of a Hugging Face architecture with PEFT."""
 
+import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from difflib import get_close_matches
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -24,13 +26,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 KERNELS = {"fused": (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
            "efficient": (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH), "plain": (SDPBackend.MATH,)}
 KERNELS["eager"] = KERNELS["fused"]
+GROUPED = "transformers.integrations.moe"
 
 
 def training_step(config, method: str = "lora", rank: int = 16, target_modules=ALL_LINEAR, batch: int = 1,
                   seq: int = 512, optimizer: str = "adamw", dtype: str = "bfloat16", autocast: bool = False,
                   checkpointing: bool = False, dropout: float = 0.0, device: str = "cpu", loss: str = "whole",
                   adapter_dtype: str = "float32", upcast: str = "all", attention: str = "fused",
-                  rows: str = "equal", accumulation: int = 1,
+                  rows: str = "equal", accumulation: int = 1, reference: bool = False,
+                  dora: bool = False,
                   counted: Callable[[int], object] = lambda count: None) -> Callable[[], None]:
     """Make a model, its data and its optimizer; return the function that runs one step of training on them.
 
@@ -49,6 +53,8 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
         checkpointing: recompute each layer in backward.
         loss, adapter_dtype, upcast: of transformers' models, as in `run.Training`; loss "whole" or "chunked".
         attention, rows, accumulation: as in `run.Training`; attention not "flash".
+        reference: a forward without adapters, or through a frozen copy, follows each forward (`run.Training`).
+        dora: adapters have a magnitude too.
         counted: is told the number of the parameters of a model of transformers', adapters left out.
         device: where a step that really runs has its tensors; fake ones are the CPU's, whatever they follow.
 
@@ -68,7 +74,7 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
             raise ValueError(f"{what} must be a positive integer below 2^31, got {quoted(value)}")
     if seq > (context := getattr(config, "max_position_embeddings", None) or seq):
         raise ValueError(f"seq {seq} is longer than the model's context of {context}")
-    lora = LoRAConfig(rank, 2 * rank, target_modules, dropout) if method != "full" else None
+    lora = LoRAConfig(rank, 2 * rank, target_modules, dropout, use_dora=dora) if method != "full" else None
     ours = isinstance(config, LlamaConfig)
     theirs = {"chunked": loss == "chunked", "adapters": DTYPES[adapter_dtype], "upcast": upcast == "all",
               "attention": attention, "counted": counted}
@@ -79,6 +85,9 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
     with torch.device(device):
         model, loss_of = (our_model if ours else partial(hugging_face_model, **theirs))(
             config, lora, DTYPES[dtype], checkpointing, method == "qlora")
+        frozen = (partial(hugging_face_model, **theirs | {"counted": lambda count: None})(
+            config, None, DTYPES[dtype], False, False)[0].requires_grad_(False)
+            if reference and method == "full" else None)
         ids, targets = (torch.randint(words_of(config), (batch, seq)) for _ in range(2))  # (B, T)
     trained = [p for p in model.train().parameters() if p.requires_grad]
     opt = OPTIMIZERS[optimizer].make(trained, 1e-3)
@@ -92,14 +101,25 @@ def training_step(config, method: str = "lora", rank: int = 16, target_modules=A
         with ExitStack() as stack:
             if attention != "fused":
                 stack.enter_context(sdpa_kernel(list(KERNELS[attention])))
+            if attention == "efficient" and GROUPED in sys.modules:  # of cards before sm80, which have none
+                stack.enter_context(patch(f"{GROUPED}._can_use_grouped_mm", lambda *_: False))
             for _ in range(accumulation):
                 with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
                     value = loss_of(model, ids, targets, **masks(rows, ids))
+                    scores = referred(frozen, model, loss_of, ids, targets, rows) if reference else None
                 value.backward()
+                del scores
         opt.step()
         opt.zero_grad()
 
     return step
+
+
+@torch.no_grad()
+def referred(frozen, model, loss_of: Callable, ids: torch.Tensor, targets: torch.Tensor, rows: str) -> torch.Tensor:
+    """The scores of a reference model: a copy, or the model without its adapters."""
+    with nullcontext() if frozen is not None else model.disable_adapter():
+        return loss_of(model if frozen is None else frozen, ids, targets, **masks(rows, ids))
 
 
 def masks(rows: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 from unittest.mock import patch
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,9 @@ from .cuda import CUBLAS_WORKSPACE, CachingAllocator, follow_cuda, rounded
 aten = torch.ops.aten
 KIND = {"forward": "activations", "recomputation": "recomputed activations", "backward": "backward temporaries",
         "optimizer": "optimizer temporaries"}  # what a storage is that was born there, until more is known
+# what derivatives do in a tensor of zeros they just made, but for fake ones beside it (FunctionsManual.cpp,
+# areAnyTensorSubclassLike)
+SCATTERS = (aten.index_put.default, aten.scatter.src, aten.scatter_add.default)
 
 
 class Fake(FakeTensorMode):
@@ -125,7 +128,7 @@ class Trace(TorchDispatchMode):
         self.events: list[tuple] = []  # block, 1 for born or -1 for died, phase, module, operator
         self.where = "forward", "", ""  # phase, module and operator of now
         self.modules: list[str] = []  # whose forward is running, the innermost last
-        self.names: dict[nn.Module, str] = {}
+        self.names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # some live only while they run
         self.owner: dict[Tensor, str] = {}  # parameter -> its module
         self.made_in: dict[int, str] = {}  # an autograd node's sequence number -> the module that made it
         self.optimizing = False
@@ -157,7 +160,8 @@ class Trace(TorchDispatchMode):
         self.stack.close()
         for p, module in self.owner.items():
             self.name(p.grad, "gradients", module)
-        self.live, self.names, self.owner = {}, {}, {}
+        self.live, self.owner = {}, {}
+        self.names.clear()
         self.finish()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -170,9 +174,10 @@ class Trace(TorchDispatchMode):
                                  "data and optimizer inside `with fake():`, or trace a real run (real=True)")
             self.name(t)
         self.where = self.place(func)
-        in_place = func is aten.add.Tensor and self.where[0] == "backward" and adds_up_gradients(*args)
+        in_place = self.where[0] == "backward" and (func in SCATTERS and not self.real or func is aten.add.Tensor
+                                                    and adds_up_gradients(*args))
         out = func(*args, **kwargs)
-        if in_place and (block := self.block(args[0])):  # the first gradient's storage becomes the sum's
+        if in_place and (block := self.block(args[0])):  # the first storage becomes the result's
             del self.live[args[0].untyped_storage()._cdata]
             self.follow(out, block)
         if self.cuda and func is aten.native_layer_norm.default:  # mean and 1 / std, on the CPU in the dtype of x
@@ -230,9 +235,9 @@ class Trace(TorchDispatchMode):
     # Torch calls these around every module's forward and every optimizer's step
 
     def enter_module(self, module: nn.Module, args) -> None:
-        if module not in self.names:  # a root: name all that is in it
+        if module not in self.names:  # a root, or one that another made while it ran: name all that is in it
             for name, m in module.named_modules():
-                self.names[m] = name = name or type(module).__name__
+                self.names[m] = name = self.modules[-1] if self.modules else name or type(module).__name__
                 for p in m.parameters(recurse=False):
                     self.owner[p] = name
                     self.name(p, "trainable weights" if p.requires_grad else "frozen weights", name)

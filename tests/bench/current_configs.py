@@ -35,14 +35,17 @@ def total_on_meta(kind: str) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def command(folder: str) -> tuple[int, str, str, float, float]:
-    """Exit code, what was printed, what was said on stderr, seconds, and the most memory in GiB."""
-    start = time.time()
+def command(folder: str) -> tuple[int, str, str, float, float, float]:
+    """Exit code, what was printed, what was said on stderr, seconds by the clock and of the core, and the most memory
+    in GiB of any command so far."""
+    start, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
     run = subprocess.Popen(
         [sys.executable, "-m", "minilora", "memory", "--config", folder, "--targets", "all-linear", "--json"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     out, err = run.communicate(timeout=600)
-    return run.returncode, out, err, time.time() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    core = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return run.returncode, out, err, time.time() - start, core, after.ru_maxrss / 2**20
 
 
 def row(kind: str) -> str:
@@ -51,13 +54,14 @@ def row(kind: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         config = AutoConfig.for_model(kind)
         (Path(folder) / "config.json").write_text(json.dumps(config.to_dict(), default=str))
-        code, out, err, seconds, most = command(folder)
+        code, out, err, seconds, core, most = command(folder)
+    cost = f"{code} {seconds:5.1f} s ({core:4.1f} s of the core)  up to {most:4.2f} GiB"
     if code:
         what = err.strip().splitlines()
-        return f"{kind:18} {code} {seconds:5.1f} s  up to {most:4.2f} GiB  lines {len(what)}: {what[-1][:140]}"
+        return f"{kind:18} {cost}  lines {len(what)}: {what[-1][:140]}"
     answer = json.loads(out)
     how = "trace" if "depths" in answer else "closed form"
-    return f"{kind:18} {code} {seconds:5.1f} s  up to {most:4.2f} GiB  {how}, peak {answer['peak'] / 2**30:.2f} GiB"
+    return f"{kind:18} {cost}  {how}, peak {answer['peak'] / 2**30:.2f} GiB"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Some 700 wrong inputs of memory, fit and trace: how each ends. Those that do not end in one line are printed.
+"""Some 1,200 wrong inputs of memory, fit and trace: how each ends. Those that do not end in one line are printed.
 
     python tests/bench/wrong_inputs.py [FIRST [LAST]]         (ten minutes for all)
 """

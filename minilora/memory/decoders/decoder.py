@@ -5,17 +5,20 @@ F the MLP's width, V the vocabulary, r the rank; sizes are element counts.
 """
 
 from functools import partial
+from typing import Any
 
 from ..activations import POWER
+from ..families import Bare
 from ..ledger import WIDTH, Tensor
-from ..linears import LINEARS, OurLinear
+from ..linears import LINEARS, BareParameter, OurLinear
 from ..models import ModelSpec
 from ..ops import Ops
 from ..run import Run
 
 PLUS_EPS, INVERSE_ROOT = ("mean + eps", "", ()), ("1 / rms", "output", POWER)
 LOSS_CHUNK = 512  # tokens
-Layer = tuple[dict[str, OurLinear], list[tuple[Tensor, ...]]]  # a layer's matrices by name, and its norms
+Matrices = dict[str, Any]  # a layer's linears, stacks and norms of another width than the layer's, by name
+Layer = tuple[Matrices, list[tuple[Tensor, ...]]]  # and its norms
 
 
 class Decoder:
@@ -24,11 +27,12 @@ class Decoder:
     A kind of decoder says how it embeds, what its layers share (`tables`), its block, its norm and its loss.
     """
 
+    phase = "forward"  # what moments are called
     layers_see_positions = True  # their numbers are an argument of each layer, so a checkpointed one holds them
 
     def __init__(self, ops: Ops, spec: ModelSpec, run: Run, layers: int):
         self.ops, self.spec, self.run = ops, spec, run
-        linear, adapted = LINEARS[run.software.linear], run.targets(spec)
+        linear = LINEARS[run.software.linear]
         self.cache: list[Tensor] | None = None  # of keys and values, when serving
         self.embedding = self.weight(spec.vocab * spec.embedding, "embed_tokens", spec.vocab)
         if spec.positions:
@@ -40,9 +44,11 @@ class Decoder:
         self.layers: list[Layer] = []
         for i in range(layers):
             ops.place = ("start", i)
-            matrices = {m.name: linear(ops, m, run, m in adapted) for m in spec.linears()}
+            here, adapted = spec.at(i), run.targets(spec, i)
+            matrices: Matrices = {m.name: (BareParameter if isinstance(m, Bare) else linear)(ops, m, run, m in adapted)
+                                  for m in spec.layout.matrices(here)}
             matrices |= {name: partial(self.norm, weights=self.norm_weight(width))
-                         for name, width in spec.layout.extra_norms(spec).items()}
+                         for name, width in spec.layout.extra_norms(here).items()}
             self.layers.append((matrices, [self.norm_weight() for _ in range(spec.layout.norms)]))
         ops.place = ("start", None)
         self.last_norm = self.norm_weight() if spec.last_norm else None
@@ -82,19 +88,19 @@ class Decoder:
     def decode(self) -> Tensor:
         """What the head sees, N C."""
         ops = self.ops
-        ops.place = ("forward", None)
+        ops.place = (self.phase, None)
         x, *held = self.embed()  # some code holds on to what x was made of
         tables = self.tables(x)
         for i, layer in enumerate(self.layers):
-            ops.place = ("forward", i)
+            ops.place = (self.phase, i)
 
             numbers = held[1:2] if self.layers_see_positions else []
 
             def run(x: Tensor, layer=layer, tables=self.tables_of(tables, i), held=numbers) -> Tensor:  # noqa: B008
                 return self.block(x, layer, tables)
 
-            x = ops.checkpoint(run, x) if self.run.checkpointing else run(x)
-        ops.place = ("forward", None)
+            x = ops.checkpoint(run, x) if self.run.checkpointing and ops.recording else run(x)
+        ops.place = (self.phase, None)
         return self.norm(x, self.last_norm) if self.last_norm else x
 
     def loss(self) -> Tensor:
@@ -103,6 +109,19 @@ class Decoder:
             return self.chunked_loss(self.decode())
         return {"whole": self.whole_loss, "chunked": lambda: self.chunked_loss(self.decode()),
                 "fused": self.fused_loss}[self.run.loss]()
+
+    def as_reference(self) -> Tensor:
+        """A forward and its scores without adapters, for which no backward comes."""
+        matrices = [m for here, _ in self.layers for m in here.values() if isinstance(m, (OurLinear, BareParameter))]
+        self.phase = "reference"
+        for m in matrices:
+            m.off = True
+        with self.ops.unrecorded():
+            scores = self.loss()
+        self.phase = "forward"
+        for m in matrices:
+            m.off = False
+        return scores
 
     def fused_loss(self) -> Tensor:
         """The forward and the loss, fused with the head."""
@@ -150,7 +169,8 @@ class Decoder:
         """Which one `scaled_dot_product_attention` takes (sdp_utils.cpp). Flash attention wants 16 bits, no mask, and a
         card from sm80 on; memory-efficient attention no grouped heads; the plain one takes all."""
         attention, narrow = self.run.attention, min(self.ops.amp_width(t) for t in (q, k)) == 2
-        if attention == "fused" and mask is None and narrow and self.spec.head_dim <= 256:
+        alike = self.spec.head_dim <= 256 and not self.spec.value_dim  # heads of v are as wide as those of q
+        if attention == "fused" and mask is None and narrow and alike:
             return "flash"
         return "plain" if attention == "plain" or q.count != k.count else "efficient"
 
@@ -166,7 +186,7 @@ class Decoder:
             return ops.plain_attention(q, k, v, run.batch, run.seq, spec.heads)
         if kernel == "efficient":
             return ops.fused_attention(q, k, v, rows * -(-run.seq // 32) * 32,
-                                       (run.batch, run.seq) if mask is not None else None)
+                                       (run.batch, run.seq) if mask is not None else None, v.count)
         if not spec.head_dim % 8:
             return ops.fused_attention(q, k, v, rows * run.seq)
         padded = lambda t: ops.unary(t, "padded", count=t.count // spec.head_dim * (-(-spec.head_dim // 8) * 8))

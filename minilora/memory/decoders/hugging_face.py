@@ -7,13 +7,12 @@ Left out: position numbers and rotary frequencies, a few bytes a token.
 from .. import losses
 from ..activations import ACTIVATIONS
 from ..ledger import Tensor
-from ..linears import OurLinear
 from .decoder import Decoder
+from .decoder import Matrices as Matrices
 
 Step = tuple[str] | tuple[str, str]  # an operator as `Ops.unary` takes it: its name, and what it keeps
 SCALED: tuple[Step, ...] = (("scaled scores",),)
 SOFTCAP: tuple[Step, ...] = (("divided by the cap",), ("tanh", "output"), ("times the cap",))  # cap * tanh(x / cap)
-Matrices = dict[str, OurLinear]
 
 
 class HuggingFaceDecoder(Decoder):
@@ -23,11 +22,12 @@ class HuggingFaceDecoder(Decoder):
         always_eager: the family has no fused attention. windows: of each mask that layers choose from, the field of
             the spec that says how far back a token sees ("": to the first).
         heads_first: q lies heads before tokens when attention sees it, and so then does a flash kernel's result.
+        masks_apart: a mask of a window is made for each row apart.
         old_loss_in_fp32: its logits were made fp32 before transformers 4.50 too.
         score_steps: what becomes of the scores before the mask. logit_steps: of the logits.
     """
 
-    always_eager = heads_first = False
+    always_eager = heads_first = masks_apart = False
     old_loss_in_fp32 = True
     windows: tuple[str, ...] = ("window",)
     score_steps: tuple[Step, ...] = SCALED
@@ -51,7 +51,8 @@ class HuggingFaceDecoder(Decoder):
                                                 run.kernels == "unsloth")
             wide = ops.cast(logits, 4)
             padded = ops.new(run.batch * (run.seq + 1), 8, "padded labels")
-            return ops.cross_entropy(wide, ops.new(run.batch * run.seq, 8, "shifted labels"))
+            shifted = padded if run.batch == 1 else ops.new(run.batch * run.seq, 8, "shifted labels")
+            return ops.cross_entropy(wide, shifted)
 
     def chunked_loss(self, y: Tensor) -> Tensor:
         """TRL's; a streamed run has ours."""
@@ -81,7 +82,7 @@ class HuggingFaceDecoder(Decoder):
         ops, spec, run = self.ops, self.spec, self.run
         with ops.inside("embed_tokens"):
             x = self.scaled(ops.embedding(self.ids, self.embedding, spec.embedding))  # N C
-            if run.checkpointing and run.method != "full" and run.software.peft:
+            if run.checkpointing and ops.recording and run.method != "full" and run.software.peft:
                 ops.require_grad(x)  # `enable_input_require_grads`, which PEFT asks for
             x = self.project(x)
         return self.positioned(x)
@@ -115,7 +116,8 @@ class HuggingFaceDecoder(Decoder):
             return ops.new(run.batch * square, x.width, "causal mask", part="activations")
         if run.attention == "flash" or run.rows == "equal" and not 0 < window_size <= run.seq:
             return None
-        return ops.new(square * (run.batch if run.rows != "equal" else 1), 1, "mask", part="activations")
+        apart = run.rows != "equal" or self.masks_apart and window_size
+        return ops.new(square * (run.batch if apart else 1), 1, "mask", part="activations")
 
     def position_tables(self, x: Tensor) -> list[Tensor]:
         return []
@@ -188,7 +190,7 @@ class HuggingFaceDecoder(Decoder):
         w = ops.add(w, mask, "masked scores")
         w = ops.cast(self.softmax(w), width)
         w = ops.dropout(w, spec.attention_dropout)
-        y = ops.bmm(w, v if spec.heads != spec.kv_heads else ops.copy(v), q.count, "output")
+        y = ops.bmm(w, v if spec.heads != spec.kv_heads else ops.copy(v), v.count, "output")
         return ops.copy(y, back=True), w
 
     def softmax(self, w: Tensor) -> Tensor:
