@@ -147,9 +147,10 @@ def models_command(parser, arguments: list[str]) -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
     else:
-        body = [(s.name, s.layers, s.hidden, f"{s.heads}/{s.kv_heads}", s.head_dim, s.ffn, s.vocab, s.context,
+        body = [(s.name, s.layers, s.hidden, f"{s.heads}/{s.kv_heads}", s.head_dim, s.ffn, s.vocab,
+                 f"{s.context // 1024:>6,}k" if s.context % 1024 == 0 else s.context,
                  "yes" if s.tied else "no", s.parameters) for s in PRESETS.values()]
-        print(table(("model", "layers", "hidden", "heads/kv", "dim", "ffn", "vocab", "context", "tied",
+        print(table(("model", "layers", "hidden", "q/kv", "dim", "ffn", "vocab", "context", "tied",
                      "parameters"), body))
 
 
