@@ -118,3 +118,14 @@ def barely_moved() -> list[dict]:
         rows.append(rounded_row({"task": task, "run": name, "trained": run.log.trained,
                                  "loss": run.loss, "exact": run.exact}))
     return rows
+
+
+@sweep
+def barely_moved_longer() -> list[dict]:
+    """Notebook 07: is it the rank and the place, or the time? The catalogue with four times the steps of `faults`."""
+    rows = []
+    for name, seed in tqdm([("rank", 0), ("modules", 0), ("rank", 1), ("modules", 1), ("healthy", 0)]):
+        run = adapt("catalogue", FAULTS[name].get("config", HEALTHY), steps=400, seed=seed)
+        rows.append(rounded_row({"task": "catalogue", "run": name, "steps": 400, "seed": seed,
+                                 "trained": run.log.trained, "loss": run.loss, "exact": run.exact}))
+    return rows
