@@ -88,9 +88,8 @@ def copy_safetensors(path: Path, **words: str) -> tuple[dict[str, Tensor], dict[
     """As `read_safetensors`, copied into memory: with many small tensors that takes a third of the time, and nobody can
     cut the file short afterwards."""
     with opened(path, **words) as f:
-        data = path.read_bytes()
-        tensors, header = load(data), json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
-        return {key: tensors[key] for key in f.keys()}, header.get("__metadata__", {})
+        tensors = load(path.read_bytes())
+        return {key: tensors[key] for key in f.keys()}, f.metadata() or {}
 
 
 def read_tensor(path: Path, key: str) -> Tensor:
