@@ -3,6 +3,8 @@
 A new one is one more entry, with any field that its family reads. `models.PRESETS` are the shapes. Sources: the
 config.json beside each model's weights on the hub, and for models of several experts also the training scripts of slime
 (scripts/models) and transformers' own defaults, which are those of gpt-oss-120b, DeepSeek-V3 and Llama-4-Scout.
+
+Not held against a published config.json: mixtral-8x22b, qwen3-coder-480b-a35b, deepseek-v2-lite, deepseek-v2.
 """
 
 from typing import Any
